@@ -1,0 +1,503 @@
+"""Five training objectives for classifiers, as plain functions of PyTorch tensors.
+
+Three play supervised learning: they are told the right class of every image.
+
+    softmax_cross_entropy(logits, labels)
+    teacher_student(logits, labels, teacher_logits, *, alpha, temperature)
+    sampled_softmax(embeddings, labels, weight, bias, *, n_samples, generator)
+
+Two play a contextual bandit: they choose one action per image, see the reward of that
+action, and never see a label.
+
+    value_function(logits, reward, *, epsilon, consistent, generator)
+    policy_gradient(logits, reward, baseline, *, entropy_weight, generator)
+
+Each returns ``(loss, metrics)``. ``loss`` is a scalar tensor, the mean over the batch,
+ready for ``.backward()``; the mean of an empty batch is 0. ``metrics`` is a dict of
+detached scalar tensors that stay on the device until you read them.
+
+Letters: N images (or other inputs), C classes or actions, D embedding size,
+x = logits of one image, p = softmax(x), t = its label, a = its action, r = its reward.
+
+Common rules. Inputs may be float16, bfloat16, float32 or float64, on any device that they
+share; the arithmetic is at least float32, also under autocast. A logit of -inf masks a
+class or action out: its probability is 0, it is never chosen, its gradient is 0.
+A ``generator`` makes the random draws repeatable; it must live on the device of the inputs.
+A wrong type or dtype raises TypeError; a wrong shape, device or range raises ValueError;
+both name the argument. What can only be known by reading the values of a tensor (labels in
+range, rewards between 0 and 1) is checked on the CPU alone, since elsewhere the check would
+make the program wait for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from numbers import Real
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+__all__ = [
+    "softmax_cross_entropy",
+    "teacher_student",
+    "sampled_softmax",
+    "value_function",
+    "policy_gradient",
+    "reward_if_correct",
+]
+
+Metrics = dict[str, Tensor]
+Reward = Callable[[Tensor], Tensor]
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def softmax_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
+    """Softmax cross entropy: raise the label's score, lower all others.
+
+    loss = -x_t + log sum_c exp(x_c), with gradient p_c - [c = t] on logit c.
+
+    Args:
+        logits: [N, C] floating, any finite values, or -inf for a class masked out.
+        labels: [N] int64, 0 <= label < C.
+
+    Returns:
+        ``(loss, metrics)``; metrics: ``accuracy``, the fraction of images whose highest
+        logit is the label's.
+
+    Raises:
+        TypeError, ValueError: as described at the top of this module.
+
+    Example:
+        >>> loss, _ = softmax_cross_entropy(torch.zeros(3, 10), torch.tensor([0, 4, 9]))
+        >>> round(loss.item(), 4)  # log(10): ten equal scores
+        2.3026
+    """
+    _check_float("logits", logits, ("N", "C"))
+    _check_labels(labels, logits, logits.shape[1])
+    x = _scores(logits)
+    loss = _mean(F.cross_entropy(x, labels, reduction="none"))
+    return loss, {"accuracy": _accuracy(x, labels)}
+
+
+def teacher_student(
+    logits: Tensor,
+    labels: Tensor,
+    teacher_logits: Tensor,
+    *,
+    alpha: float = 0.5,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Metrics]:
+    """Knowledge distillation: match a teacher's probabilities as well as the labels.
+
+    loss = alpha T^2 CE(softmax(teacher / T), x / T) + (1 - alpha) CE(onehot(t), x), where
+    CE(q, x) = -sum_c q_c log softmax(x)_c. At T = 1 the gradient on logit c is
+    p_c - target_c with target = alpha softmax(teacher) + (1 - alpha) onehot(t); T^2 keeps
+    the size of the teacher's gradient when T grows. No gradient reaches the teacher.
+
+    Args:
+        logits: [N, C] floating, the student's.
+        labels: [N] int64, 0 <= label < C.
+        teacher_logits: [N, C] floating.
+        alpha: weight of the teacher, in [0, 1]. 0 is softmax_cross_entropy exactly, 1 uses
+            no label.
+        temperature: T > 0. Above 1 it softens both distributions, so that the teacher's
+            small probabilities count for more.
+
+    Returns:
+        ``(loss, metrics)``; metrics: ``accuracy`` as in softmax_cross_entropy, and
+        ``agreement``, the fraction of images where student and teacher prefer one class.
+
+    Raises:
+        TypeError, ValueError: as described at the top of this module.
+
+    Source: Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531.
+
+    Example:
+        >>> teacher = torch.tensor([[2.0, 0.0]])
+        >>> loss, _ = teacher_student(teacher, torch.tensor([0]), teacher, alpha=1.0)
+        >>> round(loss.item(), 4)  # the entropy of the teacher: the least possible loss
+        0.3653
+    """
+    _check_float("logits", logits, ("N", "C"))
+    _check_labels(labels, logits, logits.shape[1])
+    _check_float("teacher_logits", teacher_logits, ("N", "C"), logits.shape)
+    _check_device("teacher_logits", teacher_logits, "logits", logits)
+    alpha = _number("alpha", alpha, 0, 1)
+    temperature = _number("temperature", temperature, 0, math.inf, open_interval=True)
+    x = _scores(logits)
+    q = _scores(teacher_logits.detach(), temperature).softmax(1)
+    from_teacher = -(q * _scores(logits, temperature).log_softmax(1)).sum(1)
+    from_label = F.cross_entropy(x, labels, reduction="none")
+    loss = _mean(alpha * temperature * temperature * from_teacher + (1 - alpha) * from_label)
+    agreement = _accuracy(x, teacher_logits.argmax(1))
+    return loss, {"accuracy": _accuracy(x, labels), "agreement": agreement}
+
+
+def sampled_softmax(
+    embeddings: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    n_samples: int = 5,
+    generator: Generator | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Softmax cross entropy against a few sampled classes, for when C is very large.
+
+    It takes the last layer's weights instead of its output, and computes only the scores
+    that it needs, x_c = e . weight_c + bias_c: those of the labels and of n_samples noise
+    classes, drawn uniformly with replacement and shared by the whole batch. No [N, C]
+    tensor exists. A noise class that equals an image's label is rejected for that image.
+
+    loss = -x_t + log(exp(x_t) + sum_{kept c} exp(x_c - log(k q_c / (1 - q_t)))), where
+    q = 1 / C and k counts the noise classes kept for that image: the sum stands for
+    sum_{c != t} exp(x_c), of which it is an unbiased estimate. An image with k = 0
+    contributes loss 0. The gradient is 0 for every class that was not drawn.
+
+    Args:
+        embeddings: [N, D] floating, the input of the last layer.
+        labels: [N] int64, 0 <= label < C.
+        weight: [C, D] floating, the last layer's ``weight``.
+        bias: [C] floating, the last layer's ``bias``, or None.
+        n_samples: how many noise classes to draw, at least 1.
+        generator: makes the draw repeatable.
+
+    Returns:
+        ``(loss, metrics)``; metrics: ``kept``, the mean fraction of noise classes kept.
+
+    Raises:
+        TypeError, ValueError: as described at the top of this module.
+
+    Sources: Bengio & Senecal 2008; Jean et al. 2014, https://arxiv.org/abs/1412.2007;
+    TensorFlow's "Candidate Sampling Algorithms Reference".
+
+    Example:
+        >>> layer = torch.nn.Linear(16, 1_000_000)
+        >>> e, labels = torch.randn(32, 16), torch.randint(1_000_000, (32,))
+        >>> loss, _ = sampled_softmax(e, labels, layer.weight, layer.bias, n_samples=100)
+        >>> loss.backward()
+    """
+    _check_float("embeddings", embeddings, ("N", "D"))
+    _check_float("weight", weight, ("C", "D"), (None, embeddings.shape[1]))
+    _check_device("weight", weight, "embeddings", embeddings)
+    if bias is not None:
+        _check_float("bias", bias, ("C",), weight.shape[:1])
+        _check_device("bias", bias, "embeddings", embeddings)
+    n_classes = weight.shape[0]
+    _check_labels(labels, embeddings, n_classes, "embeddings")
+    if not isinstance(n_samples, int) or isinstance(n_samples, bool):
+        raise TypeError(f"n_samples must be an int, got {type(n_samples).__name__}")
+    if n_samples < 1:
+        raise ValueError(f"n_samples must be at least 1, got {n_samples}")
+    _check_generator(generator, embeddings)
+
+    noise = torch.randint(n_classes, (n_samples,), generator=generator, device=labels.device)
+    rows = F.embedding(torch.cat([labels, noise]), weight)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        e, rows = _wide(embeddings), _wide(rows)
+        dtype = torch.promote_types(e.dtype, rows.dtype)
+        e, rows = e.to(dtype), rows.to(dtype)
+        x_label = (e * rows[: len(labels)]).sum(1)
+        x_noise = e @ rows[len(labels) :].T
+    if bias is not None:
+        x_label = x_label + bias[labels]
+        x_noise = x_noise + bias[noise]
+
+    kept = noise != labels[:, None]
+    k = kept.sum(1, keepdim=True)
+    # k q_c / (1 - q_t) with q = 1 / C. Where k is 0 nothing is kept, and any number will do.
+    correction = torch.log(k.clamp(min=1).to(x_noise.dtype) / max(n_classes - 1, 1))
+    x_noise = (x_noise - correction).masked_fill(~kept, -math.inf)
+    x = _scores(torch.cat([x_label[:, None], x_noise], 1))
+    loss = _mean(x.logsumexp(1) - x[:, 0])
+    return loss, {"kept": _mean(k / n_samples)}
+
+
+def value_function(
+    logits: Tensor,
+    reward: Reward,
+    *,
+    epsilon: float = 0.2,
+    consistent: bool = False,
+    generator: Generator | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Learn the expected reward of each action, from the one action taken.
+
+    The action a is epsilon-greedy: with probability epsilon any action, each as likely as
+    the others, else the one of highest value. loss = -r log v_a - (1 - r) log(1 - v_a),
+    binary cross entropy between its value v_a and its reward r.
+
+    The value is sigmoid(x_a), or, with ``consistent=True``, softmax(x)_a, so that the
+    values of all actions sum to 1 (right where exactly one action is rewarded). In the
+    first case the gradient is v_a - r on logit a and 0 on all others.
+
+    Args:
+        logits: [N, C] floating, any finite values, or -inf for an action masked out.
+        reward: called exactly once, with the actions, [N] int64; returns their rewards,
+            [N], real or bool, in [0, 1], on the same device. No gradient flows through it.
+        epsilon: how often to explore, in [0, 1].
+        consistent: whether values sum to 1 over the actions.
+        generator: makes the actions repeatable.
+
+    Returns:
+        ``(loss, metrics)``; metrics: ``reward``, the mean reward.
+
+    Raises:
+        TypeError, ValueError: as described at the top of this module.
+
+    Source: Sutton & Barto, Reinforcement Learning, 2nd edition 2018, chapter 2.
+
+    Example:
+        >>> logits = torch.tensor([[-3.0, 2.0, 1.0]])  # two of three arms pay here
+        >>> loss, metrics = value_function(logits, lambda action: action > 0, epsilon=0)
+        >>> round(loss.item(), 4), metrics["reward"].item()  # -log(sigmoid(2))
+        (0.1269, 1.0)
+    """
+    _check_float("logits", logits, ("N", "C"))
+    epsilon = _number("epsilon", epsilon, 0, 1)
+    _check_generator(generator, logits)
+    x = _scores(logits)
+    n = len(x)
+    with torch.no_grad():
+        # The largest of C uniform numbers is at any action with the same probability, and
+        # an action masked out gets none.
+        lottery = torch.rand(x.shape, generator=generator, device=x.device)
+        anything = lottery.masked_fill(logits == -math.inf, -1).argmax(1)
+        explore = torch.rand(n, generator=generator, device=x.device) < epsilon
+        action = torch.where(explore, anything, x.argmax(1))
+    r = _ask(reward, action, x.dtype)
+    value_logit = x.gather(1, action[:, None]).squeeze(1)
+    if consistent:
+        # softmax(x)_a = sigmoid(x_a - log sum_{c != a} exp(x_c)), and this form cannot
+        # lose 1 - softmax(x)_a to rounding.
+        others = x.scatter(1, action[:, None], -math.inf).logsumexp(1)
+        limit = torch.finfo(x.dtype).max / 2
+        value_logit = (value_logit - others).clamp(-limit, limit)
+    loss = _mean(F.binary_cross_entropy_with_logits(value_logit, r, reduction="none"))
+    return loss, {"reward": _mean(r)}
+
+
+def policy_gradient(
+    logits: Tensor,
+    reward: Reward,
+    baseline: Tensor | None = None,
+    *,
+    entropy_weight: float = 0.04,
+    generator: Generator | None = None,
+) -> tuple[Tensor, Metrics]:
+    """REINFORCE: make an action likelier the more its reward exceeds the expected one.
+
+    One action a per image is drawn from the policy p = softmax(x), and with the expected
+    reward V = sigmoid(baseline)
+
+    loss = -(r - V) log p_a - entropy_weight H(p) + BCE(V, r),
+
+    H(p) = -sum_c p_c log p_c. The first term has gradient (V - r)([c = a] - p_c) on logit
+    c, whose mean over actions is that of minus the expected reward; none flows through V,
+    which the third term alone trains: -r log V - (1 - r) log(1 - V).
+
+    Args:
+        logits: [N, C] floating, any finite values, or -inf for an action masked out.
+        reward: called exactly once, with the actions, [N] int64; returns their rewards,
+            [N], real or bool, in [0, 1], on the same device. No gradient flows through it.
+        baseline: [N] floating, the logit of V, usually one more output of the network;
+            None for no baseline: V = 0 and no third term.
+        entropy_weight: at least 0. Too little, and the policy stops exploring before it
+            has found the best actions; too much, and it never commits to them.
+        generator: makes the actions repeatable.
+
+    Returns:
+        ``(loss, metrics)``; metrics: ``reward``, the mean reward; ``entropy``, the mean
+        H(p) in nats; with a baseline also ``baseline``, the mean V, and ``baseline_loss``,
+        the mean of the third term.
+
+    Raises:
+        TypeError, ValueError: as described at the top of this module.
+
+    Sources: Williams 1992, https://doi.org/10.1007/BF00992696; Sutton & Barto,
+    Reinforcement Learning, 2nd edition 2018, chapter 13.
+
+    Example:
+        >>> logits = torch.zeros(4, 10, requires_grad=True)
+        >>> loss, metrics = policy_gradient(logits, lambda action: action == 3)
+        >>> loss.backward()
+        >>> round(metrics["entropy"].item(), 4)  # log(10): ten equally likely actions
+        2.3026
+    """
+    _check_float("logits", logits, ("N", "C"))
+    if baseline is not None:
+        _check_float("baseline", baseline, ("N",), logits.shape[:1])
+        _check_device("baseline", baseline, "logits", logits)
+    entropy_weight = _number("entropy_weight", entropy_weight, 0, math.inf)
+    _check_generator(generator, logits)
+    log_p = _scores(logits).log_softmax(1)
+    p = log_p.exp()
+    with torch.no_grad():
+        # The first of C exponential clocks with rates p to ring is a with probability p_a.
+        # torch.multinomial draws the same way, but makes a GPU wait for checks of p.
+        action = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(1)
+    r = _ask(reward, action, p.dtype)
+    entropy = -(p * log_p).sum(1)
+    metrics = {"reward": _mean(r), "entropy": _mean(entropy).detach()}
+    advantage = r
+    loss = -entropy_weight * entropy
+    if baseline is not None:
+        v_logit = _wide(baseline)
+        advantage = r - v_logit.detach().sigmoid()
+        baseline_loss = F.binary_cross_entropy_with_logits(v_logit, r, reduction="none")
+        loss = loss + baseline_loss
+        metrics["baseline"] = _mean(v_logit.detach().sigmoid())
+        metrics["baseline_loss"] = _mean(baseline_loss).detach()
+    loss = loss - advantage * log_p.gather(1, action[:, None]).squeeze(1)
+    return _mean(loss), metrics
+
+
+def reward_if_correct(labels: Tensor) -> Reward:
+    """Turn labels into a bandit's reward: 1.0 for the action that is the label, else 0.0.
+
+    Args:
+        labels: [N] int64.
+
+    Returns:
+        A function that maps actions, [N] int64, to rewards, [N] float32.
+
+    Raises:
+        TypeError, ValueError: as described at the top of this module, for ``labels`` here
+            and for ``actions`` when the function is called.
+
+    Example:
+        >>> reward_if_correct(torch.tensor([0, 4, 9]))(torch.tensor([0, 5, 9]))
+        tensor([1., 0., 1.])
+    """
+    _check_int("labels", labels)
+
+    def reward(actions: Tensor) -> Tensor:
+        _check_int("actions", actions, len(labels))
+        _check_device("actions", actions, "labels", labels)
+        return (actions == labels).float()
+
+    return reward
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The tensor in at least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _scores(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Logits / temperature in at least float32, -inf and what is near it made finite.
+
+    The probability of such a logit is still 0, but 0 times its logarithm is then 0 and not
+    NaN, and clamp stops the gradient. An eighth of the largest number leaves room for sums.
+    """
+    x = _wide(logits) / temperature
+    limit = torch.finfo(x.dtype).max / 8
+    return x.clamp(-limit, limit)
+
+
+def _mean(per_image: Tensor) -> Tensor:
+    """The mean over the batch, 0 for an empty one, without overflow on the way."""
+    return (per_image / max(len(per_image), 1)).sum()
+
+
+def _accuracy(x: Tensor, labels: Tensor) -> Tensor:
+    return _mean((x.detach().argmax(1) == labels).to(x.dtype))
+
+
+def _ask(reward: Reward, action: Tensor, dtype: torch.dtype) -> Tensor:
+    """Call the reward function once and check what it returns."""
+    if not callable(reward):
+        raise TypeError(
+            f"reward must be a function from actions to rewards, got {type(reward).__name__}; "
+            "for labels pass reward_if_correct(labels)"
+        )
+    r = reward(action)
+    _check_tensor("reward(actions)", r, ("N",), action.shape)
+    if r.is_complex():
+        raise TypeError(f"reward(actions) must be real or bool, got {r.dtype}")
+    _check_device("reward(actions)", r, "logits", action)
+    r = r.detach().to(dtype)
+    if _readable(r) and not ((r >= 0) & (r <= 1)).all():
+        low, high = r.min().item(), r.max().item()
+        raise ValueError(f"reward(actions) must lie in [0, 1], got values from {low} to {high}")
+    return r
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether looking at values costs nothing: not on a GPU, not while compiling."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_tensor(name: str, value: Tensor, dims: tuple[str, ...], sizes=None) -> None:
+    """Raise unless value is a tensor with these dimensions; a size of None may be any."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    sizes = (None,) * len(dims) if sizes is None else tuple(sizes)
+    ok = value.ndim == len(dims)
+    if not ok or any(want not in (None, got) for want, got in zip(sizes, value.shape)):
+        named = (d if want is None else f"{d}={want}" for d, want in zip(dims, sizes))
+        want = f"[{', '.join(named)}]"
+        raise ValueError(f"{name} must have shape {want}, got {list(value.shape)}")
+
+
+def _check_float(name: str, value: Tensor, dims: tuple[str, ...], sizes=None) -> None:
+    _check_tensor(name, value, dims, sizes)
+    if value.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+    if "C" in dims and value.shape[dims.index("C")] == 0:
+        raise ValueError(f"{name} must have at least one class, got shape {list(value.shape)}")
+
+
+def _check_int(name: str, value: Tensor, n: int | None = None) -> None:
+    _check_tensor(name, value, ("N",), (n,))
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {value.dtype}")
+
+
+def _check_labels(
+    labels: Tensor, inputs: Tensor, n_classes: int, inputs_name: str = "logits"
+) -> None:
+    _check_int("labels", labels, len(inputs))
+    _check_device("labels", labels, inputs_name, inputs)
+    if _readable(labels) and len(labels):
+        low, high = labels.min().item(), labels.max().item()
+        if low < 0 or high >= n_classes:
+            raise ValueError(
+                f"labels must lie in [0, {n_classes}), got values from {low} to {high}"
+            )
+
+
+def _check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name}, {other.device}, got {value.device}"
+        )
+
+
+def _check_generator(generator: Generator | None, inputs: Tensor) -> None:
+    if generator is None:
+        return
+    if not isinstance(generator, Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    if generator.device.type != inputs.device.type:
+        raise ValueError(
+            f"generator must be on the device of the inputs, {inputs.device}, "
+            f"got {generator.device}"
+        )
+
+
+def _number(
+    name: str, value: float, low: float, high: float, *, open_interval: bool = False
+) -> float:
+    """The value as a float; raise unless it is finite and in [low, high], or in (low, high)."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    ok = low < value < high if open_interval else low <= value <= high
+    if not ok or not math.isfinite(value):
+        left = "(" if open_interval else "["
+        right = ")" if open_interval or math.isinf(high) else "]"
+        raise ValueError(f"{name} must lie in {left}{low}, {high}{right}, got {value}")
+    return float(value)
