@@ -4,7 +4,7 @@ Three play supervised learning: they are told the right class of every image.
 
     softmax_cross_entropy(logits, labels)
     teacher_student(logits, labels, teacher_logits, *, alpha, temperature)
-    sampled_softmax(embeddings, labels, weight, bias, *, n_samples, generator)
+    sampled_softmax(embeddings, labels, weight, bias, *, n_samples, noise, sparse, generator)
 
 Two play a contextual bandit: they choose one action per image, see the reward of that
 action, and never see a label.
@@ -31,9 +31,11 @@ make the program wait for the device.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from numbers import Real
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -46,10 +48,21 @@ __all__ = [
     "value_function",
     "policy_gradient",
     "reward_if_correct",
+    "LogUniform",
+    "ClassFrequencies",
 ]
 
 Metrics = dict[str, Tensor]
 Reward = Callable[[Tensor], Tensor]
+
+
+class Noise(Protocol):
+    """What sampled_softmax asks of a noise distribution over class ids."""
+
+    def sample(self, shape: tuple[int, ...]) -> Tensor: ...
+
+    def log_prob(self, ids: Tensor) -> Tensor: ...
+
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -143,19 +156,22 @@ def sampled_softmax(
     bias: Tensor | None = None,
     *,
     n_samples: int = 5,
+    noise: Noise | None = None,
+    sparse: bool = False,
     generator: Generator | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Softmax cross entropy against a few sampled classes, for when C is very large.
 
     It takes the last layer's weights instead of its output, and computes only the scores
     that it needs, x_c = e . weight_c + bias_c: those of the labels and of n_samples noise
-    classes, drawn uniformly with replacement and shared by the whole batch. No [N, C]
-    tensor exists. A noise class that equals an image's label is rejected for that image.
+    classes, drawn from a distribution q with replacement and shared by the whole batch. No
+    [N, C] tensor exists. A noise class that equals an image's label is rejected for it.
 
-    loss = -x_t + log(exp(x_t) + sum_{kept c} exp(x_c - log(k q_c / (1 - q_t)))), where
-    q = 1 / C and k counts the noise classes kept for that image: the sum stands for
-    sum_{c != t} exp(x_c), of which it is an unbiased estimate. An image with k = 0
-    contributes loss 0. The gradient is 0 for every class that was not drawn.
+    loss = -x_t + log(exp(x_t) + sum_{kept c} exp(x_c - log(k q_c / (1 - q_t)))), where k
+    counts the noise classes kept for that image: the sum stands for sum_{c != t} exp(x_c),
+    of which it is an unbiased estimate. The loss itself is too small on average, the less
+    so the larger n_samples. An image with k = 0 contributes loss 0. The gradient is 0 for
+    every class that was not drawn.
 
     Args:
         embeddings: [N, D] floating, the input of the last layer.
@@ -163,7 +179,16 @@ def sampled_softmax(
         weight: [C, D] floating, the last layer's ``weight``.
         bias: [C] floating, the last layer's ``bias``, or None.
         n_samples: how many noise classes to draw, at least 1.
-        generator: makes the draw repeatable.
+        noise: q; None is uniform. Otherwise anything with ``sample(shape)`` and
+            ``log_prob(ids)`` over the ids 0 to C - 1 on the device of the inputs:
+            LogUniform, ClassFrequencies, torch.distributions.Categorical. The closer q
+            is to the frequencies of the labels, the fewer samples are needed.
+        sparse: whether the gradients of weight and bias are sparse tensors that hold only
+            the rows used, so that a training step costs the same however large C is. They
+            fit the optimisers SGD (without weight decay), SparseAdam and Adagrad. Both must
+            then be the layer's own parameters, not computed from others.
+        generator: makes the draw repeatable. Distributions from torch.distributions take
+            none: with them it must be None, and torch.manual_seed does the same.
 
     Returns:
         ``(loss, metrics)``; metrics: ``kept``, the mean fraction of noise classes kept.
@@ -177,8 +202,12 @@ def sampled_softmax(
     Example:
         >>> layer = torch.nn.Linear(16, 1_000_000)
         >>> e, labels = torch.randn(32, 16), torch.randint(1_000_000, (32,))
-        >>> loss, _ = sampled_softmax(e, labels, layer.weight, layer.bias, n_samples=100)
+        >>> loss, _ = sampled_softmax(
+        ...     e, labels, layer.weight, layer.bias, n_samples=100, sparse=True
+        ... )
         >>> loss.backward()
+        >>> layer.weight.grad.is_sparse
+        True
     """
     _check_float("embeddings", embeddings, ("N", "D"))
     _check_float("weight", weight, ("C", "D"), (None, embeddings.shape[1]))
@@ -186,34 +215,68 @@ def sampled_softmax(
     if bias is not None:
         _check_float("bias", bias, ("C",), weight.shape[:1])
         _check_device("bias", bias, "embeddings", embeddings)
-    n_classes = weight.shape[0]
+    n, n_classes = len(embeddings), len(weight)
     _check_labels(labels, embeddings, n_classes, "embeddings")
+    _check_generator(generator, embeddings)
+    drawn, log_q, log_not_label = _draw(noise, n_samples, labels, n_classes, generator)
+
+    ids = torch.cat([labels, drawn])
+    dtype = torch.promote_types(embeddings.dtype, torch.promote_types(weight.dtype, torch.float32))
+    rows = F.embedding(ids, weight, sparse=sparse).to(dtype)
+    offset = torch.zeros(len(ids), dtype=dtype, device=ids.device)
+    if bias is not None:
+        offset = _scores(bias.gather(0, ids, sparse_grad=sparse)).to(dtype)
+    with torch.autocast(ids.device.type, enabled=False):
+        e = embeddings.to(dtype)
+        x_label = (e * rows[:n]).sum(1) + offset[:n]
+        x_noise = torch.addmm((offset[n:] - log_q).to(dtype), e, rows[n:].T)
+
+    rejected = drawn == labels[:, None]
+    k = n_samples - rejected.sum(1)
+    x_noise = x_noise.masked_fill_(rejected, -_limit(dtype))
+    # What every noise score of an image shares, log(k / (1 - q_t)), is added to its label's
+    # score instead of subtracted from theirs: that changes N numbers instead of N x n_samples.
+    x_label = (x_label + k.clamp(min=1).to(dtype).log() - log_not_label).to(dtype)
+    log_p = torch.cat([x_label[:, None], x_noise], 1).log_softmax(1)
+    return _mean(-log_p[:, 0]), {"kept": _mean(k.to(dtype) / n_samples)}
+
+
+def _draw(
+    noise: Noise | None,
+    n_samples: int,
+    labels: Tensor,
+    n_classes: int,
+    generator: Generator | None,
+) -> tuple[Tensor, Tensor | float, Tensor | float]:
+    """Noise classes [n_samples], their log q_c, and log(1 - q_t) for each label [N]."""
     if not isinstance(n_samples, int) or isinstance(n_samples, bool):
         raise TypeError(f"n_samples must be an int, got {type(n_samples).__name__}")
     if n_samples < 1:
         raise ValueError(f"n_samples must be at least 1, got {n_samples}")
-    _check_generator(generator, embeddings)
-
-    noise = torch.randint(n_classes, (n_samples,), generator=generator, device=labels.device)
-    rows = F.embedding(torch.cat([labels, noise]), weight)
-    with torch.autocast(embeddings.device.type, enabled=False):
-        e, rows = _wide(embeddings), _wide(rows)
-        dtype = torch.promote_types(e.dtype, rows.dtype)
-        e, rows = e.to(dtype), rows.to(dtype)
-        x_label = (e * rows[: len(labels)]).sum(1)
-        x_noise = e @ rows[len(labels) :].T
-    if bias is not None:
-        x_label = x_label + bias[labels]
-        x_noise = x_noise + bias[noise]
-
-    kept = noise != labels[:, None]
-    k = kept.sum(1, keepdim=True)
-    # k q_c / (1 - q_t) with q = 1 / C. Where k is 0 nothing is kept, and any number will do.
-    correction = torch.log(k.clamp(min=1).to(x_noise.dtype) / max(n_classes - 1, 1))
-    x_noise = (x_noise - correction).masked_fill(~kept, -math.inf)
-    x = _scores(torch.cat([x_label[:, None], x_noise], 1))
-    loss = _mean(x.logsumexp(1) - x[:, 0])
-    return loss, {"kept": _mean(k / n_samples)}
+    if noise is None:
+        drawn = torch.randint(n_classes, (n_samples,), generator=generator, device=labels.device)
+        return drawn, -math.log(n_classes), math.log1p(-1 / max(n_classes, 2))
+    if not callable(getattr(noise, "sample", None)) or not callable(
+        getattr(noise, "log_prob", None)
+    ):
+        raise TypeError(
+            f"noise must have sample(shape) and log_prob(ids), got {type(noise).__name__}"
+        )
+    if generator is None:
+        drawn = noise.sample((n_samples,))
+    elif "generator" in inspect.signature(noise.sample).parameters:
+        drawn = noise.sample((n_samples,), generator=generator)
+    else:
+        raise ValueError(
+            f"generator must be None with noise of type {type(noise).__name__}, "
+            f"which takes none, got {generator}; use torch.manual_seed"
+        )
+    _check_int("noise.sample((n_samples,))", drawn, n_samples)
+    _check_device("noise.sample((n_samples,))", drawn, "labels", labels)
+    _check_range("noise.sample((n_samples,))", drawn, n_classes)
+    q_label = noise.log_prob(labels).exp()
+    tiny = torch.finfo(q_label.dtype).tiny  # where q_t is 1, everything was rejected
+    return drawn, noise.log_prob(drawn), (1 - q_label).clamp(min=tiny).log()
 
 
 def value_function(
@@ -274,7 +337,7 @@ def value_function(
         # softmax(x)_a = sigmoid(x_a - log sum_{c != a} exp(x_c)), and this form cannot
         # lose 1 - softmax(x)_a to rounding.
         others = x.scatter(1, action[:, None], -math.inf).logsumexp(1)
-        limit = torch.finfo(x.dtype).max / 2
+        limit = 4 * _limit(x.dtype)
         value_logit = (value_logit - others).clamp(-limit, limit)
     loss = _mean(F.binary_cross_entropy_with_logits(value_logit, r, reduction="none"))
     return loss, {"reward": _mean(r)}
@@ -382,6 +445,74 @@ def reward_if_correct(labels: Tensor) -> Reward:
     return reward
 
 
+class LogUniform:
+    """Noise for classes sorted by falling frequency, as words in a vocabulary often are.
+
+    P(c) = log((c + 2) / (c + 1)) / log(n_classes + 1), close to Zipf's law. A draw inverts
+    the distribution function, so n draws cost O(n) whatever n_classes is.
+
+    Args:
+        n_classes: the number of classes, at least 1.
+        device: where samples are made; it needs float64.
+
+    Example:
+        >>> LogUniform(3).log_prob(torch.arange(3)).exp()
+        tensor([0.5000, 0.2925, 0.2075], dtype=torch.float64)
+    """
+
+    def __init__(self, n_classes: int, *, device: torch.device | str | None = None):
+        if not isinstance(n_classes, int) or isinstance(n_classes, bool):
+            raise TypeError(f"n_classes must be an int, got {type(n_classes).__name__}")
+        if n_classes < 1:
+            raise ValueError(f"n_classes must be at least 1, got {n_classes}")
+        self.n_classes, self.device = n_classes, device
+
+    def sample(self, shape: tuple[int, ...], *, generator: Generator | None = None) -> Tensor:
+        """Class ids of this shape, int64, drawn independently."""
+        u = torch.rand(shape, dtype=torch.float64, device=self.device, generator=generator)
+        ids = (u * math.log(self.n_classes + 1)).exp().long() - 1
+        return ids.clamp(max=self.n_classes - 1)  # exp may round up
+
+    def log_prob(self, ids: Tensor) -> Tensor:
+        """log P(id), float64, for ids of any shape."""
+        return (1 / (ids.double() + 1)).log1p().log() - math.log(math.log(self.n_classes + 1))
+
+
+class ClassFrequencies:
+    """Noise in proportion to given counts or weights, for any number of classes.
+
+    torch.distributions.Categorical does the same, but reads all C probabilities at every
+    draw and stops at 2^24 classes. This looks n draws up in the cumulative sum, O(n log C).
+
+    Args:
+        counts: [C], real, not negative, not all 0; on the device where samples are wanted.
+
+    Example:
+        >>> ClassFrequencies(torch.tensor([3, 0, 1])).log_prob(torch.tensor([0, 2])).exp()
+        tensor([0.7500, 0.2500], dtype=torch.float64)
+    """
+
+    def __init__(self, counts: Tensor):
+        _check_tensor("counts", counts, ("C",))
+        counts = counts.detach().double()
+        self.cumulative = counts.cumsum(0)
+        total = self.cumulative[-1].item() if len(counts) else 0.0
+        if not (counts >= 0).all() or not 0 < total < math.inf:
+            raise ValueError(f"counts must not be negative, nor all 0, got a sum of {total}")
+        self.probabilities = counts / total
+        self.cumulative /= total
+
+    def sample(self, shape: tuple[int, ...], *, generator: Generator | None = None) -> Tensor:
+        """Class ids of this shape, int64, drawn independently."""
+        c = self.cumulative
+        u = torch.rand(shape, dtype=c.dtype, device=c.device, generator=generator)
+        return torch.searchsorted(c, u, right=True)
+
+    def log_prob(self, ids: Tensor) -> Tensor:
+        """log P(id), float64, for ids of any shape."""
+        return self.probabilities[ids].log()
+
+
 def _wide(tensor: Tensor) -> Tensor:
     """The tensor in at least float32."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -393,9 +524,14 @@ def _scores(logits: Tensor, temperature: float = 1.0) -> Tensor:
     The probability of such a logit is still 0, but 0 times its logarithm is then 0 and not
     NaN, and clamp stops the gradient. An eighth of the largest number leaves room for sums.
     """
-    x = _wide(logits) / temperature
-    limit = torch.finfo(x.dtype).max / 8
-    return x.clamp(-limit, limit)
+    x = _wide(logits)
+    if temperature != 1:
+        x = x / temperature
+    return x.clamp(-_limit(x.dtype), _limit(x.dtype))
+
+
+def _limit(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).max / 8
 
 
 def _mean(per_image: Tensor) -> Tensor:
@@ -462,11 +598,15 @@ def _check_labels(
 ) -> None:
     _check_int("labels", labels, len(inputs))
     _check_device("labels", labels, inputs_name, inputs)
-    if _readable(labels) and len(labels):
-        low, high = labels.min().item(), labels.max().item()
+    _check_range("labels", labels, n_classes)
+
+
+def _check_range(name: str, ids: Tensor, n_classes: int) -> None:
+    if _readable(ids) and len(ids):
+        low, high = ids.min().item(), ids.max().item()
         if low < 0 or high >= n_classes:
             raise ValueError(
-                f"labels must lie in [0, {n_classes}), got values from {low} to {high}"
+                f"{name} must lie in [0, {n_classes}), got values from {low} to {high}"
             )
 
 
