@@ -1,0 +1,308 @@
+"""Noise distributions and sparse gradients of sampled_softmax."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributions import Categorical
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from objectives import ClassFrequencies, LogUniform, sampled_softmax
+
+COUNTS = torch.tensor([5.0, 1.0, 3.0, 0.5])
+NOISES = {
+    "uniform": None,
+    "log_uniform": LogUniform(4),
+    "frequencies": ClassFrequencies(COUNTS),
+    "categorical": Categorical(COUNTS.double()),
+}
+
+
+class Given:
+    """Noise that draws the ids it was given."""
+
+    def __init__(self, ids, noise):
+        self.ids, self.log_prob = ids, noise.log_prob
+
+    def sample(self, shape):
+        return self.ids
+
+
+def problem(n=3, n_classes=4, size=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(n, size), (n_classes, size), (n_classes,)]
+    embeddings, weight, bias = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in shapes
+    )
+    labels = torch.randint(n_classes, (n,), generator=generator)
+    return embeddings, labels, weight, bias
+
+
+def probabilities(noise, n_classes):
+    if noise is None:
+        return torch.full((n_classes,), 1 / n_classes, dtype=torch.float64)
+    return noise.log_prob(torch.arange(n_classes)).exp()
+
+
+@pytest.mark.parametrize("name", NOISES)
+def test_sum_over_other_classes_is_unbiased_under_any_noise(name):
+    """Summed over all 4^3 draws with their probabilities, as an exact expectation."""
+    embeddings, labels, weight, bias = problem(n=1)
+    q = probabilities(NOISES[name], 4)
+    uniform = ClassFrequencies(torch.ones(4))
+    x = F.linear(embeddings, weight, bias).detach()[0]
+    t = labels.item()
+    expected = torch.zeros((), dtype=torch.float64)
+    for draw in itertools.product(range(4), repeat=3):
+        noise = Given(torch.tensor(draw), NOISES[name] or uniform)
+        loss, _ = sampled_softmax(embeddings, labels, weight, bias, n_samples=3, noise=noise)
+        estimate = (loss.detach() + x[t]).exp() - x[t].exp()
+        expected += q[list(draw)].prod() * estimate
+    exact = x.exp().sum() - x[t].exp()
+    at_least_one_kept = 1 - q[t] ** 3
+    torch.testing.assert_close(expected / at_least_one_kept, exact, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", NOISES)
+def test_many_samples_approach_full_softmax(name):
+    """Loss and gradient: within 4 standard errors over 50 draws, plus 1/n for the bias."""
+    n_samples = 4000
+    inputs = problem()
+    embeddings, labels, weight, bias = inputs
+    full = F.cross_entropy(F.linear(embeddings, weight, bias), labels)
+    wanted = torch.cat([full.view(1), torch.autograd.grad(full, weight)[0].flatten()]).detach()
+    torch.manual_seed(0)
+    draws = []
+    for _ in range(50):
+        loss, _ = sampled_softmax(*inputs, n_samples=n_samples, noise=NOISES[name])
+        gradient = torch.autograd.grad(loss, weight)[0].flatten()
+        draws.append(torch.cat([loss.view(1), gradient]).detach())
+    draws = torch.stack(draws)
+    standard_error = draws.std(0) / math.sqrt(len(draws))
+    assert ((draws.mean(0) - wanted).abs() <= 4 * standard_error + 1 / n_samples).all()
+
+
+@pytest.mark.parametrize("name", NOISES)
+def test_two_classes_are_exact(name):
+    """One other class: whatever is kept, the estimate is its score itself."""
+    inputs = problem(n=5, n_classes=2)
+    noise = {"log_uniform": LogUniform(2), "frequencies": ClassFrequencies(COUNTS[:2])}.get(name)
+    if name == "categorical":
+        noise = Categorical(COUNTS[:2].double())
+    torch.manual_seed(0)
+    loss, _ = sampled_softmax(*inputs, n_samples=64, noise=noise)
+    embeddings, labels, weight, bias = inputs
+    full = F.cross_entropy(F.linear(embeddings, weight, bias), labels)
+    torch.testing.assert_close(loss, full)
+
+
+@pytest.mark.parametrize("noise", [None, LogUniform(1), ClassFrequencies(torch.ones(1))])
+def test_one_class_has_loss_and_gradient_zero(noise):
+    embeddings, _, weight, bias = problem(n_classes=1)
+    labels = torch.zeros(3, dtype=torch.int64)
+    loss, metrics = sampled_softmax(embeddings, labels, weight, bias, noise=noise)
+    gradients = torch.autograd.grad(loss, [embeddings, weight, bias])
+    assert loss == 0 and metrics["kept"] == 0
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("common", [1e6, 1e12, 1e300])
+def test_a_label_of_probability_near_one_stays_finite(dtype, common):
+    noise = ClassFrequencies(torch.tensor([common, 1.0, 1.0], dtype=torch.float64))
+    embeddings, _, weight, bias = (
+        t.detach().to(dtype if t.is_floating_point() else t.dtype) for t in problem(n_classes=3)
+    )
+    weight.requires_grad_()
+    for drawn in ([0, 0, 0], [0, 1, 2]):
+        loss, _ = sampled_softmax(
+            embeddings,
+            torch.zeros(3, dtype=torch.int64),
+            weight,
+            bias,
+            n_samples=3,
+            noise=Given(torch.tensor(drawn), noise),
+        )
+        assert loss.isfinite()
+        assert torch.autograd.grad(loss, weight)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", NOISES)
+def test_sparse_gradients_equal_dense_ones(name):
+    inputs = problem(n=6)
+    gradients = {}
+    for sparse in [False, True]:
+        torch.manual_seed(1)
+        loss, _ = sampled_softmax(*inputs, n_samples=3, noise=NOISES[name], sparse=sparse)
+        gradients[sparse] = torch.autograd.grad(loss, [inputs[0], inputs[2], inputs[3]])
+    for dense, sparse in zip(gradients[False], gradients[True]):
+        torch.testing.assert_close(sparse.to_dense() if sparse.is_sparse else sparse, dense)
+    assert gradients[True][1].is_sparse and gradients[True][2].is_sparse
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adagrad])
+def test_sparse_training_equals_dense_training(optimizer):
+    """Three steps; both optimisers leave a row with gradient zero where it is."""
+    torch.sparse.check_sparse_tensor_invariants.disable()  # say so, or Adagrad warns
+    embeddings, labels, weight, bias = problem(n=6, n_classes=9)
+    trained = {}
+    for sparse in [False, True]:
+        torch.manual_seed(2)
+        parameters = [torch.nn.Parameter(p.detach().clone()) for p in (weight, bias)]
+        steps = optimizer(parameters, lr=0.1)
+        for _ in range(3):
+            loss, _ = sampled_softmax(embeddings, labels, *parameters, n_samples=2, sparse=sparse)
+            steps.zero_grad()
+            loss.backward()
+            steps.step()
+        trained[sparse] = parameters
+    for dense, sparse in zip(trained[False], trained[True]):
+        torch.testing.assert_close(sparse, dense)
+
+
+def test_sparse_adam_moves_the_rows_used_and_no_others():
+    embeddings, labels, weight, bias = problem(n=3, n_classes=50)
+    weight, bias = torch.nn.Parameter(weight.detach()), torch.nn.Parameter(bias.detach())
+    before = weight.detach().clone()
+    steps = torch.optim.SparseAdam([weight, bias], lr=0.1)
+    drawn = torch.tensor([7, 8])
+    noise = Given(drawn, LogUniform(50))
+    loss, _ = sampled_softmax(
+        embeddings, labels, weight, bias, n_samples=2, noise=noise, sparse=True
+    )
+    loss.backward()
+    steps.step()
+    moved = (weight.detach() != before).any(1).nonzero().flatten()
+    assert moved.tolist() == sorted({*labels.tolist(), *drawn.tolist()})
+
+
+class Sizes(TorchDispatchMode):
+    """Records how many elements every dense result of an operation holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(value, torch.Tensor) and not value.is_sparse:
+                self.seen.append(value.untyped_storage().nbytes() // value.element_size())
+        return result
+
+
+def test_nothing_as_long_as_the_classes_is_made_with_sparse_gradients():
+    n_classes = 100_003
+    embeddings, labels, weight, bias = problem(n=4, n_classes=n_classes)
+    existing = {t.untyped_storage().nbytes() // t.element_size() for t in (weight, bias)}
+    with Sizes() as sizes:
+        loss, _ = sampled_softmax(
+            embeddings, labels, weight, bias, noise=LogUniform(n_classes), sparse=True
+        )
+        loss.backward()
+    assert len(sizes.seen) > 10
+    assert {size for size in sizes.seen if size >= n_classes} <= existing
+
+
+@pytest.mark.parametrize("n_classes", [1, 2, 1000])
+def test_log_uniform_probabilities_have_the_closed_form_and_sum_to_one(n_classes):
+    p = LogUniform(n_classes).log_prob(torch.arange(n_classes)).exp()
+    closed = [math.log((c + 2) / (c + 1)) / math.log(n_classes + 1) for c in range(n_classes)]
+    torch.testing.assert_close(p, torch.tensor(closed, dtype=torch.float64))
+    assert p.sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "noise", [LogUniform(30), ClassFrequencies(torch.arange(30).remainder(4))], ids=["log", "given"]
+)
+def test_samples_follow_log_prob(noise):
+    """Each of 30 counts within 4.5 standard errors of its binomial mean: 1 in 5,000 by chance."""
+    n = 400_000
+    generator = torch.Generator().manual_seed(0)
+    counts = noise.sample((n // 4, 4), generator=generator).flatten().bincount(minlength=30)
+    p = noise.log_prob(torch.arange(30)).exp()
+    standard_error = (n * p * (1 - p)).sqrt()
+    assert ((counts - n * p).abs() <= 4.5 * standard_error).all()
+
+
+@pytest.mark.parametrize("make", [LogUniform, lambda n: ClassFrequencies(torch.ones(n))])
+def test_more_classes_than_multinomial_takes(make):
+    """torch.multinomial stops at 2^24; the upper half must be drawn too."""
+    n_classes = 2**24 + 1000
+    ids = make(n_classes).sample((10_000,), generator=torch.Generator().manual_seed(0))
+    assert 0 <= ids.min() and n_classes // 2 < ids.max() < n_classes
+
+
+def test_frequency_zero_is_never_drawn():
+    noise = ClassFrequencies(torch.tensor([0, 2, 0, 0, 1, 0]))
+    ids = noise.sample((10_000,), generator=torch.Generator().manual_seed(0))
+    assert ids.unique().tolist() == [1, 4]
+
+
+@pytest.mark.parametrize("noise", [None, LogUniform(4), ClassFrequencies(COUNTS)])
+def test_generator_repeats_the_draw(noise):
+    def loss(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return sampled_softmax(*problem(), n_samples=3, noise=noise, generator=generator)[0]
+
+    assert torch.equal(loss(0), loss(0))
+    assert len({loss(seed).item() for seed in range(5)}) > 1
+
+
+class Wrong:
+    def __init__(self, ids):
+        self.ids = ids
+
+    def sample(self, shape):
+        return self.ids
+
+    def log_prob(self, ids):
+        return torch.zeros(ids.shape)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"noise": "uniform"}, TypeError, r"^noise must have .* got str"),
+        ({"noise": COUNTS}, TypeError, r"^noise must have .* got Tensor"),
+        ({"noise": Wrong([1, 2])}, TypeError, r"^noise\.sample.* must be a tensor, got list"),
+        ({"noise": Wrong(COUNTS)}, TypeError, r"^noise\.sample.* must be int64, got torch.float32"),
+        ({"noise": Wrong(torch.ones(3, dtype=int))}, ValueError, r"^noise\.sample.* got \[3\]"),
+        (
+            {"noise": Wrong(torch.full((4,), 4))},
+            ValueError,
+            r"^noise\.sample.* \[0, 4\), got .* 4 to 4",
+        ),
+        (
+            {"noise": Categorical(COUNTS), "generator": torch.Generator()},
+            ValueError,
+            r"^generator must be None with noise of type Categorical",
+        ),
+    ],
+)
+def test_wrong_noise_is_refused(settings, error, message):
+    with pytest.raises(error, match=message):
+        sampled_softmax(*problem(), n_samples=4, **settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: LogUniform(0), ValueError, "^n_classes must be at least 1, got 0"),
+        (lambda: LogUniform(2.0), TypeError, "^n_classes must be an int, got float"),
+        (lambda: LogUniform(True), TypeError, "^n_classes must be an int, got bool"),
+        (lambda: ClassFrequencies([1, 2]), TypeError, "^counts must be a tensor, got list"),
+        (lambda: ClassFrequencies(torch.ones(2, 2)), ValueError, r"^counts must have shape \[C\]"),
+        (lambda: ClassFrequencies(torch.zeros(3)), ValueError, r"^counts .* got a sum of 0"),
+        (lambda: ClassFrequencies(torch.ones(0)), ValueError, r"^counts .* got a sum of 0"),
+        (lambda: ClassFrequencies(torch.tensor([2.0, -1])), ValueError, "^counts must not be neg"),
+        (lambda: ClassFrequencies(torch.tensor([1, math.nan])), ValueError, "^counts .* nan"),
+        (lambda: ClassFrequencies(torch.tensor([1, math.inf])), ValueError, "^counts .* inf"),
+    ],
+)
+def test_wrong_distributions_are_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
