@@ -222,14 +222,16 @@ def sampled_softmax(
 
     ids = torch.cat([labels, drawn])
     dtype = torch.promote_types(embeddings.dtype, torch.promote_types(weight.dtype, torch.float32))
-    rows = F.embedding(ids, weight, sparse=sparse).to(dtype)
-    offset = torch.zeros(len(ids), dtype=dtype, device=ids.device)
-    if bias is not None:
-        offset = _scores(bias.gather(0, ids, sparse_grad=sparse)).to(dtype)
+    w_label, w_noise = F.embedding(ids, weight, sparse=sparse).to(dtype).split([n, n_samples])
+    if bias is None:
+        b = torch.zeros(len(ids), dtype=dtype, device=ids.device)
+    else:
+        b = _scores(bias.gather(0, ids, sparse_grad=sparse)).to(dtype)
+    b_label, b_noise = b.split([n, n_samples])
     with torch.autocast(ids.device.type, enabled=False):
         e = embeddings.to(dtype)
-        x_label = (e * rows[:n]).sum(1) + offset[:n]
-        x_noise = torch.addmm((offset[n:] - log_q).to(dtype), e, rows[n:].T)
+        x_label = (e * w_label).sum(1) + b_label
+        x_noise = torch.addmm((b_noise - log_q).to(dtype), e, w_noise.T)
 
     rejected = drawn == labels[:, None]
     k = n_samples - rejected.sum(1)
