@@ -1,0 +1,304 @@
+"""Print what the objectives cost, as tables. Run by hand: python tests/benchmark.py [table ...]
+
+Tables: classes (one training step of a last layer by number of classes, against full softmax,
+adaptive softmax and, where it is installed, TensorFlow), race (accuracy against seconds on
+100,000 classes), overhead (each objective against F.cross_entropy). Every case runs in a process
+of its own with the same number of threads; times are medians.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+N, D, N_SAMPLES = 256, 128, 1000
+METHODS = ["full", "dense", "sparse", "adaptive", "tensorflow", "products"]
+
+
+def torch_step(method, n_classes, device):
+    """A function that makes one training step: forward, backward, SGD."""
+    import torch
+    import torch.nn.functional as F
+
+    from objectives import sampled_softmax
+
+    torch.manual_seed(0)
+    embeddings = torch.randn(N, D, device=device, requires_grad=True)
+    batches = iter(torch.randint(n_classes, (10_000, N), device=device))
+    if method == "products":  # what no sampled softmax can do without
+        rows = torch.randn(N_SAMPLES, D, device=device)
+        scores = torch.randn(N, N_SAMPLES, device=device)
+        return lambda: (embeddings.detach() @ rows.T, scores @ rows, scores.T @ embeddings.detach())
+    if method == "adaptive":
+        cutoffs = [n_classes // 100, n_classes // 10]
+        layer = torch.nn.AdaptiveLogSoftmaxWithLoss(D, n_classes, cutoffs).to(device)
+    else:
+        layer = torch.nn.Linear(D, n_classes, device=device)
+    sgd = torch.optim.SGD(layer.parameters(), lr=0.1)
+
+    def loss(labels):
+        if method == "full":
+            return F.cross_entropy(layer(embeddings), labels)
+        if method == "adaptive":
+            return layer(embeddings, labels).loss
+        parameters = layer.weight, layer.bias
+        sparse = method == "sparse"
+        return sampled_softmax(embeddings, labels, *parameters, n_samples=N_SAMPLES, sparse=sparse)[
+            0
+        ]
+
+    def step():
+        sgd.zero_grad()
+        loss(next(batches)).backward()
+        sgd.step()
+
+    return step
+
+
+def tensorflow_step(n_classes, threads):
+    """The same step with tf.nn.sampled_softmax_loss, compiled, updating the rows it used."""
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    tf.random.set_seed(0)
+    weight = tf.Variable(tf.random.normal([n_classes, D]) / math.sqrt(D))
+    bias = tf.Variable(tf.zeros([n_classes]))
+    embeddings = tf.Variable(tf.random.normal([N, D]))
+    batches = iter(tf.random.uniform([10_000, N, 1], maxval=n_classes, dtype=tf.int64))
+
+    @tf.function
+    def train(labels):
+        sampled = tf.random.uniform_candidate_sampler(labels, 1, N_SAMPLES, False, n_classes)
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(
+                tf.nn.sampled_softmax_loss(
+                    weight, bias, labels, embeddings, N_SAMPLES, n_classes, sampled_values=sampled
+                )
+            )
+        d_weight, d_bias, _ = tape.gradient(loss, [weight, bias, embeddings])
+        for variable, gradient in [(weight, d_weight), (bias, d_bias)]:
+            variable.scatter_sub(tf.IndexedSlices(0.1 * gradient.values, gradient.indices))
+
+    return lambda: train(next(batches))
+
+
+def seconds_of(step, seconds, device):
+    """The median time of many steps, after a few that do not count."""
+    if device == "cuda":
+        import torch
+
+        wait = torch.cuda.synchronize
+    else:
+        wait = time.perf_counter
+    times, until = [], None
+    while until is None or time.perf_counter() < until or len(times) < 5:
+        started = time.perf_counter()
+        step()
+        wait()
+        times.append(time.perf_counter() - started)
+        if until is None and (len(times) == 10 or sum(times) > seconds / 2):
+            times, until = [], time.perf_counter() + seconds
+    return statistics.median(times)
+
+
+def peak_bytes_of(step, device):
+    """How much more memory one step needs at its peak than before it."""
+    for _ in range(2):
+        step()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+
+    def resident(field):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is there now
+    step()
+    return resident("VmHWM") - before
+
+
+def measure(case):
+    """Run one case in this process and return its numbers."""
+    method, n_classes, device = case["method"], case["classes"], case["device"]
+    if method == "tensorflow":
+        step = tensorflow_step(n_classes, case["threads"])
+    else:
+        import torch
+
+        torch.set_num_threads(case["threads"])
+        step = torch_step(method, n_classes, device)
+    if case["what"] == "memory":
+        return peak_bytes_of(step, device)
+    return seconds_of(step, case["seconds"], device)
+
+
+def in_own_process(function, case):
+    # With every larger block mapped on its own, what is freed leaves the process at once, so
+    # that resident memory is memory in use. It costs time, so times are measured without.
+    env = {**os.environ, "OMP_NUM_THREADS": str(case["threads"])}
+    if case["what"] == "memory":
+        env["MALLOC_MMAP_THRESHOLD_"] = env["MALLOC_TRIM_THRESHOLD_"] = "65536"
+    command = [sys.executable, __file__, "--run", function, json.dumps(case)]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    if run.returncode:
+        return None
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def classes_table(case):
+    """Time and peak extra memory of one training step of the last layer."""
+    print(f"one training step of the last layer: N={N}, D={D}, n_samples={N_SAMPLES}")
+    print(f"{'classes':>9} {'method':11} {'ms':>9} {'memory, MB':>11} {'time / sparse':>14}")
+    for n_classes in [10**3, 10**4, 10**5, 10**6]:
+        times = {}
+        for method in METHODS:
+            this = {**case, "method": method, "classes": n_classes}
+            times[method] = in_own_process("measure", {**this, "what": "time"})
+        for method in METHODS:
+            if times[method] is None:
+                print(f"{n_classes:>9,} {method:11} {'not available':>21}")
+                continue
+            this = {**case, "method": method, "classes": n_classes}
+            memory = in_own_process("measure", {**this, "what": "memory"})
+            memory = math.nan if memory is None else memory / 1e6
+            ratio = times[method] / times["sparse"]
+            milliseconds = 1000 * times[method]
+            print(
+                f"{n_classes:>9,} {method:11} {milliseconds:>9.2f} {memory:>11.1f} {ratio:>14.2f}"
+            )
+
+
+def objective_calls(n, n_classes, device):
+    """Each objective as a function of nothing that runs forward and backward on fixed inputs."""
+    import torch
+    import torch.nn.functional as F
+
+    import objectives as o
+
+    torch.manual_seed(0)
+    logits, baseline = torch.randn(n, n_classes, device=device), torch.zeros(n, device=device)
+    labels, size = torch.randint(n_classes, (n,), device=device), 256
+    head = torch.nn.Linear(size, n_classes, device=device)
+    embeddings = torch.randn(n, size, device=device, requires_grad=True)
+    x, v = logits.clone().requires_grad_(), baseline.requires_grad_()
+    reward = o.reward_if_correct(labels)
+    losses = {
+        "F.cross_entropy": lambda: F.cross_entropy(x, labels),
+        "softmax_cross_entropy": lambda: o.softmax_cross_entropy(x, labels)[0],
+        "teacher_student": lambda: o.teacher_student(x, labels, logits)[0],
+        "linear layer, F.cross_entropy": lambda: F.cross_entropy(head(embeddings), labels),
+        "sampled_softmax": lambda: o.sampled_softmax(embeddings, labels, head.weight, head.bias)[0],
+        "value_function": lambda: o.value_function(x, reward)[0],
+        "policy_gradient": lambda: o.policy_gradient(x, reward, v)[0],
+    }
+    return {name: lambda loss=loss: loss().backward() for name, loss in losses.items()}
+
+
+def from_notebook(*cells):
+    """What these cells of the notebook define, on the stand-in and in silence."""
+    notebook = json.loads((Path(__file__).parent.parent / "training_objectives.ipynb").read_text())
+    source = {cell["id"]: "".join(cell["source"]) for cell in notebook["cells"]}
+    names = {"print": lambda *_: None}
+    for cell in ["imports", "device", "parameters", "resolve", *cells]:
+        exec(source[cell].replace('DATA = "cifar10"', 'DATA = "stand-in"'), names)
+    return names
+
+
+def network_step(n, n_classes, device):
+    """The training step of the tutorial's network, taken from the notebook's own cells."""
+    import torch
+
+    data = ["check-settings", "stand-in", "load-data", "to-device", "prepare"]
+    names = from_notebook(*data, "whitening", "network", "batches", "train")
+    model = names["SmallCNN"](n_classes, names["WIDTH"]).to(
+        device, memory_format=torch.channels_last
+    )
+    learned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = names["OPTIMIZERS"][names["OPTIMIZER"]](learned, lr=names["LEARNING_RATE"])
+    scaler = torch.amp.GradScaler(device, enabled=False)
+    images, labels = (tensor[:n] for tensor in names["data"].train)
+    softmax = lambda model, images, labels: names["softmax_cross_entropy"](model(images), labels)  # noqa: E731
+    return lambda: names["train_step"](model, softmax, optimizer, scaler, images, labels)
+
+
+def measure_overhead(case):
+    import torch
+
+    torch.set_num_threads(case["threads"])
+    n, device = 128, case["device"]
+    calls = {"training step": network_step(n, 10, device), **objective_calls(n, 10, device)}
+    return {name: seconds_of(call, case["seconds"], device) for name, call in calls.items()}
+
+
+def overhead_table(case):
+    """Loss, forward and backward, of each objective as a share of the tutorial's training step."""
+    times = in_own_process("measure_overhead", {**case, "what": "time"})
+    step = times.pop("training step")
+    print(f"loss and its gradient, N=128, C=10; a training step takes {1000 * step:.1f} ms")
+    print(f"{'':30} {'microseconds':>12} {'share of a step':>16}")
+    for name, seconds in times.items():
+        print(f"{name:30} {1e6 * seconds:>12.0f} {seconds / step:>16.2%}")
+
+
+def measure_race(case):
+    import torch
+
+    torch.set_num_threads(case["threads"])
+    torch.sparse.check_sparse_tensor_invariants.disable()
+    names = from_notebook("race-settings", "race", "race-loop")
+    return names["race"](case["method"], case["limit"])
+
+
+def race_table(case):
+    """The notebook's race on 100,000 classes with more time, so that full softmax gets far."""
+    limits = {"full": 240, "adaptive": 60, "uniform": 24, "log-uniform": 24}
+    curves = {
+        method: in_own_process(
+            "measure_race", {**case, "method": method, "limit": limit, "what": "race"}
+        )
+        for method, limit in limits.items()
+    }
+    final = curves["full"][-1][1]
+    print(
+        "a race on 100,000 classes: accuracy, and seconds to 95% of full softmax's final accuracy"
+    )
+    for method, curve in curves.items():
+        there = next((f"{seconds:.2f}" for seconds, a in curve if a >= 0.95 * final), "not reached")
+        print(f"{method:12} {curve[-1][1]:6.1%} after {curve[-1][0]:6.1f} s   95%: {there}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    tables = {"classes": classes_table, "race": race_table, "overhead": overhead_table}
+    parser.add_argument("tables", nargs="*", help=f"any of: {', '.join(tables)}; default: all")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--seconds", type=float, default=4, help="how long to time each case")
+    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        print(json.dumps(globals()[args.run[0]](json.loads(args.run[1]))))
+        return
+    case = {"threads": args.threads, "device": args.device, "seconds": args.seconds}
+    print(f"{args.device}, {args.threads} threads")
+    for name in args.tables or tables:
+        tables[name](case)
+
+
+if __name__ == "__main__":
+    main()
