@@ -55,9 +55,9 @@ def torch_step(method, n_classes, device):
         ]
 
     def step():
-        sgd.zero_grad()
         loss(next(batches)).backward()
         sgd.step()
+        sgd.zero_grad()
 
     return step
 
