@@ -226,21 +226,26 @@ def test_every_figure_and_table_names_the_data(any_run):
     assert name in any_run.text("table").splitlines()[0]
 
 
+def table_rows(text):
+    """The words of every line that begins with a number."""
+    return [line.split() for line in text.splitlines() if re.match(r"\s*\d", line)]
+
+
 def test_memory_of_a_sparse_step_does_not_grow_with_the_classes(any_run):
-    rows = [line.split() for line in any_run.text("costs").splitlines()[1:3]]
+    rows = table_rows(any_run.text("costs"))
     megabytes = np.array([[float(row[i]) for i in (3, 7, 11)] for row in rows])
     full, dense, sparse = megabytes.T
     assert full[1] > 10 * full[0] and dense[1] > 10 * dense[0] > 0 and sparse[1] == sparse[0] > 0
 
 
 def test_more_samples_come_nearer_to_full_softmax(any_run):
-    rows = any_run.text("bias-plot").splitlines()[1:]
-    biases = np.array([[float(row.split()[i]) for i in (1, 4)] for row in rows])
+    rows = table_rows(any_run.text("bias-plot"))
+    biases = np.array([[float(row[i]) for i in (1, 4)] for row in rows])
     assert len(biases) == 5 and (np.abs(biases[-1]) < 0.1 * np.abs(biases[0])).all()
 
 
 def test_every_method_of_the_race_is_reported(any_run):
-    lines = any_run.text("race-plot").splitlines()
+    lines = [line for line in any_run.text("race-plot").splitlines() if "reached 95%" in line]
     assert [line.split()[0] for line in lines] == ["full", "adaptive", "uniform", "log-uniform"]
 
 
@@ -287,7 +292,7 @@ def test_the_source_of_every_objective_is_shown_without_its_docstring(stand_in_r
     section = next(n for n, source in CODE.items() if f"show_source({name})" in source)
     shown = stand_in_run.text(section)
     assert f"```python\ndef {name}(" in shown and "return" in shown and '"""' not in shown
-    assert f"def {name}" not in "".join(CODE.values())
+    assert f"def {name}(" not in "".join(CODE.values())
 
 
 @pytest.mark.parametrize(
@@ -519,7 +524,7 @@ def test_the_parameters_cell_is_tagged_and_complete():
     assert needed <= set(assigned(CODE["parameters"]))
 
 
-FORMS = [name for name in CODE if name == "parameters" or name.endswith("-settings")]
+FORMS = [name for name, source in CODE.items() if source.startswith("# @title Settings")]
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -527,7 +532,7 @@ def test_settings_are_form_fields_whose_defaults_lie_in_their_bounds(name):
     lines = [line for line in CODE[name].splitlines() if not line.startswith("#")]
     assert lines
     for line in lines:
-        value, field = re.fullmatch(r"[A-Z_]+ = (\S+)  # @param (.+)", line).groups()
+        value, field = re.fullmatch(r"[A-Z_]+ = (.+)  # @param (.+)", line).groups()
         if bounds := re.search(r"min:(\S+), max:([^,}]+)", field):
             assert float(bounds[1]) <= float(value) <= float(bounds[2])
         elif choices := re.match(r"\[.*?\]", field):
@@ -597,7 +602,7 @@ def test_the_body_gives_embeddings_and_the_head_any_number_of_outputs(notebook, 
     model = notebook["SmallCNN"](n_outputs, width).eval()
     images = notebook["prepare"](notebook["data"].test[0][:5])
     embeddings = model.body(images)
-    assert embeddings.shape == (5, 8 * width) and model(images).shape == (5, n_outputs)
+    assert embeddings.shape == (5, 6 * width) and model(images).shape == (5, n_outputs)
     torch.testing.assert_close(model(images), model.head(embeddings))
 
 
