@@ -251,10 +251,7 @@ def _draw(
     generator: Generator | None,
 ) -> tuple[Tensor, Tensor | float, Tensor | float]:
     """Noise classes [n_samples], their log q_c, and log(1 - q_t) for each label [N]."""
-    if not isinstance(n_samples, int) or isinstance(n_samples, bool):
-        raise TypeError(f"n_samples must be an int, got {type(n_samples).__name__}")
-    if n_samples < 1:
-        raise ValueError(f"n_samples must be at least 1, got {n_samples}")
+    _check_count("n_samples", n_samples)
     if noise is None:
         drawn = torch.randint(n_classes, (n_samples,), generator=generator, device=labels.device)
         return drawn, -math.log(n_classes), math.log1p(-1 / max(n_classes, 2))
@@ -463,10 +460,7 @@ class LogUniform:
     """
 
     def __init__(self, n_classes: int, *, device: torch.device | str | None = None):
-        if not isinstance(n_classes, int) or isinstance(n_classes, bool):
-            raise TypeError(f"n_classes must be an int, got {type(n_classes).__name__}")
-        if n_classes < 1:
-            raise ValueError(f"n_classes must be at least 1, got {n_classes}")
+        _check_count("n_classes", n_classes)
         self.n_classes, self.device = n_classes, device
 
     def sample(self, shape: tuple[int, ...], *, generator: Generator | None = None) -> Tensor:
@@ -579,6 +573,13 @@ def _check_tensor(name: str, value: Tensor, dims: tuple[str, ...], sizes=None) -
         named = (d if want is None else f"{d}={want}" for d, want in zip(dims, sizes))
         want = f"[{', '.join(named)}]"
         raise ValueError(f"{name} must have shape {want}, got {list(value.shape)}")
+
+
+def _check_count(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _check_float(name: str, value: Tensor, dims: tuple[str, ...], sizes=None) -> None:
