@@ -234,13 +234,16 @@ def sampled_softmax(
         x_noise = torch.addmm((b_noise - log_q).to(dtype), e, w_noise.T)
 
     rejected = drawn == labels[:, None]
-    k = n_samples - rejected.sum(1)
-    x_noise = x_noise.masked_fill_(rejected, -_limit(dtype))
-    # What every noise score of an image shares, log(k / (1 - q_t)), is added to its label's
-    # score instead of subtracted from theirs: that changes N numbers instead of N x n_samples.
-    x_label = (x_label + k.clamp(min=1).to(dtype).log() - log_not_label).to(dtype)
-    log_p = torch.cat([x_label[:, None], x_noise], 1).log_softmax(1)
-    return _mean(-log_p[:, 0]), {"kept": _mean(k.to(dtype) / n_samples)}
+    k = n_samples - rejected.sum(1, dtype=torch.int32)  # int32: copied first, half of int64
+    with torch.no_grad():  # In place, unseen by autograd: exp gives them gradient 0 anyway.
+        x_noise.masked_fill_(rejected, -_limit(dtype))
+        highest = x_noise.amax(1)
+    noise_sum = (x_noise - highest[:, None]).exp_().sum(1)
+    # What every noise score of an image shares, log(k / (1 - q_t)), is taken from the sum.
+    log_scale = k.clamp(min=1).to(dtype).log() - log_not_label
+    log_noise = noise_sum.log() + highest - log_scale.to(dtype)
+    # A softmax over all is a choice between the label and the noise classes together.
+    return _mean(-F.logsigmoid(x_label - log_noise)), {"kept": _mean(k / n_samples)}
 
 
 def _draw(
@@ -606,7 +609,7 @@ def _check_labels(
 
 def _check_range(name: str, ids: Tensor, n_classes: int) -> None:
     if _readable(ids) and len(ids):
-        low, high = ids.min().item(), ids.max().item()
+        low, high = (value.item() for value in ids.aminmax())
         if low < 0 or high >= n_classes:
             raise ValueError(
                 f"{name} must lie in [0, {n_classes}), got values from {low} to {high}"

@@ -3,7 +3,8 @@
 Tables: classes (one training step of a last layer by number of classes, against full softmax,
 adaptive softmax and, where it is installed, TensorFlow), race (accuracy against seconds on
 100,000 classes), overhead (each objective against F.cross_entropy). Every case runs in a process
-of its own with the same number of threads; times are medians.
+of its own with the same number of threads. The cases take turns: times are medians over the
+rounds, ratios are medians of the ratios within a round.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 N, D, N_SAMPLES = 256, 128, 1000
+SIZES = [10**3, 10**4, 10**5, 10**6]
 METHODS = ["full", "dense", "sparse", "adaptive", "tensorflow", "products"]
 
 
@@ -91,23 +93,25 @@ def tensorflow_step(n_classes, threads):
     return lambda: train(next(batches))
 
 
-def seconds_of(step, seconds, device):
-    """The median time of many steps, after a few that do not count."""
-    if device == "cuda":
-        import torch
+def waiter(device):
+    """What waits until the device has done its work; nothing to wait for on a CPU."""
+    if device == "cpu":
+        return lambda: None
+    import torch
 
-        wait = torch.cuda.synchronize
-    else:
-        wait = time.perf_counter
-    times, until = [], None
-    while until is None or time.perf_counter() < until or len(times) < 5:
+    return torch.cuda.synchronize
+
+
+def times_of(step, seconds, device):
+    """The times of as many steps as fit into these seconds, but at least one."""
+    wait, times = waiter(device), []
+    until = time.perf_counter() + seconds
+    while not times or time.perf_counter() < until:
         started = time.perf_counter()
         step()
         wait()
         times.append(time.perf_counter() - started)
-        if until is None and (len(times) == 10 or sum(times) > seconds / 2):
-            times, until = [], time.perf_counter() + seconds
-    return statistics.median(times)
+    return times
 
 
 def peak_bytes_of(step, device):
@@ -132,55 +136,92 @@ def peak_bytes_of(step, device):
     return resident("VmHWM") - before
 
 
-def measure(case):
-    """Run one case in this process and return its numbers."""
-    method, n_classes, device = case["method"], case["classes"], case["device"]
-    if method == "tensorflow":
-        step = tensorflow_step(n_classes, case["threads"])
-    else:
-        import torch
+def step_of(case):
+    if case["method"] == "tensorflow":
+        return tensorflow_step(case["classes"], case["threads"])
+    import torch
 
-        torch.set_num_threads(case["threads"])
-        step = torch_step(method, n_classes, device)
-    if case["what"] == "memory":
-        return peak_bytes_of(step, device)
-    return seconds_of(step, case["seconds"], device)
+    torch.set_num_threads(case["threads"])
+    return torch_step(case["method"], case["classes"], case["device"])
 
 
-def in_own_process(function, case):
-    # With every larger block mapped on its own, what is freed leaves the process at once, so
-    # that resident memory is memory in use. It costs time, so times are measured without.
-    env = {**os.environ, "OMP_NUM_THREADS": str(case["threads"])}
-    if case["what"] == "memory":
-        env["MALLOC_MMAP_THRESHOLD_"] = env["MALLOC_TRIM_THRESHOLD_"] = "65536"
+def measure_memory(case):
+    return peak_bytes_of(step_of(case), case["device"])
+
+
+def serve_times(case):
+    """Time the step again whenever a line comes in, and answer with the median."""
+    step = step_of(case)
+    times_of(step, 0.2, case["device"])  # the first steps are slower
+    print(json.dumps("ready"), flush=True)
+    for _ in sys.stdin:
+        times = times_of(step, case["slice"], case["device"])
+        print(json.dumps(statistics.median(times)), flush=True)
+
+
+def own_process(function, case, **env):
     command = [sys.executable, __file__, "--run", function, json.dumps(case)]
-    run = subprocess.run(command, env=env, capture_output=True, text=True)
-    if run.returncode:
-        return None
-    return json.loads(run.stdout.splitlines()[-1])
+    env = {**os.environ, "OMP_NUM_THREADS": str(case["threads"]), **env}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, env=env, text=True, **pipes)
+
+
+def in_own_process(function, case, **env):
+    """What the function prints last in a process of its own, None where that fails."""
+    process = own_process(function, case, **env)
+    lines = process.communicate()[0].splitlines()
+    return None if process.returncode else json.loads(lines[-1])
+
+
+def side_by_side(cases):
+    """The times of each case in every round, one case after the other in each of them.
+
+    A machine that is shared or warms up changes its speed from second to second. Cases that
+    take turns every fraction of a second meet the same speeds, so their ratios hold.
+    """
+    processes = {name: own_process("serve_times", case) for name, case in cases.items()}
+    for name, process in list(processes.items()):
+        if not process.stdout.readline():
+            del processes[name]  # its library is not installed, or the memory is too small
+    times = {name: [] for name in processes}
+    for _ in range(cases[name]["rounds"]):
+        for name, process in processes.items():
+            print(file=process.stdin, flush=True)
+            times[name].append(json.loads(process.stdout.readline()))
+    for process in processes.values():
+        process.communicate()
+    return times
+
+
+def ratio(times, others):
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
 def classes_table(case):
     """Time and peak extra memory of one training step of the last layer."""
+    # With every larger block mapped on its own, what is freed leaves the process at once, so
+    # that resident memory is memory in use. It costs time, so times are measured without.
+    mapped = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     print(f"one training step of the last layer: N={N}, D={D}, n_samples={N_SAMPLES}")
     print(f"{'classes':>9} {'method':11} {'ms':>9} {'memory, MB':>11} {'time / sparse':>14}")
-    for n_classes in [10**3, 10**4, 10**5, 10**6]:
-        times = {}
+    for n_classes in SIZES:
+        cases = {method: {**case, "method": method, "classes": n_classes} for method in METHODS}
+        times = side_by_side(cases)
         for method in METHODS:
-            this = {**case, "method": method, "classes": n_classes}
-            times[method] = in_own_process("measure", {**this, "what": "time"})
-        for method in METHODS:
-            if times[method] is None:
+            if method not in times:
                 print(f"{n_classes:>9,} {method:11} {'not available':>21}")
                 continue
-            this = {**case, "method": method, "classes": n_classes}
-            memory = in_own_process("measure", {**this, "what": "memory"})
+            memory = in_own_process("measure_memory", cases[method], **mapped)
             memory = math.nan if memory is None else memory / 1e6
-            ratio = times[method] / times["sparse"]
-            milliseconds = 1000 * times[method]
             print(
-                f"{n_classes:>9,} {method:11} {milliseconds:>9.2f} {memory:>11.1f} {ratio:>14.2f}"
+                f"{n_classes:>9,} {method:11} {1000 * statistics.median(times[method]):>9.2f} "
+                f"{memory:>11.1f} {ratio(times[method], times['sparse']):>14.2f}",
+                flush=True,
             )
+    sparse = side_by_side({n: {**case, "method": "sparse", "classes": n} for n in SIZES})
+    print(f"sparse by number of classes, its time relative to that at {SIZES[1]:,}:")
+    for n_classes, times in sparse.items():
+        print(f"{n_classes:>9,} {ratio(times, sparse[SIZES[1]]):.2f}")
 
 
 def objective_calls(n, n_classes, device):
@@ -242,17 +283,25 @@ def measure_overhead(case):
     torch.set_num_threads(case["threads"])
     n, device = 128, case["device"]
     calls = {"training step": network_step(n, 10, device), **objective_calls(n, 10, device)}
-    return {name: seconds_of(call, case["seconds"], device) for name, call in calls.items()}
+    rounds = [
+        {
+            name: statistics.median(times_of(call, case["slice"], device))
+            for name, call in calls.items()
+        }
+        for _ in range(1 + case["rounds"])
+    ][1:]  # the first calls are slower
+    return {name: [times[name] for times in rounds] for name in calls}
 
 
 def overhead_table(case):
     """Loss, forward and backward, of each objective as a share of the tutorial's training step."""
-    times = in_own_process("measure_overhead", {**case, "what": "time"})
+    times = in_own_process("measure_overhead", case)
     step = times.pop("training step")
-    print(f"loss and its gradient, N=128, C=10; a training step takes {1000 * step:.1f} ms")
+    milliseconds = 1000 * statistics.median(step)
+    print(f"loss and its gradient, N=128, C=10; a training step takes {milliseconds:.1f} ms")
     print(f"{'':30} {'microseconds':>12} {'share of a step':>16}")
     for name, seconds in times.items():
-        print(f"{name:30} {1e6 * seconds:>12.0f} {seconds / step:>16.2%}")
+        print(f"{name:30} {1e6 * statistics.median(seconds):>12.0f} {ratio(seconds, step):>16.2%}")
 
 
 def measure_race(case):
@@ -268,9 +317,7 @@ def race_table(case):
     """The notebook's race on 100,000 classes with more time, so that full softmax gets far."""
     limits = {"full": 240, "adaptive": 60, "uniform": 24, "log-uniform": 24}
     curves = {
-        method: in_own_process(
-            "measure_race", {**case, "method": method, "limit": limit, "what": "race"}
-        )
+        method: in_own_process("measure_race", {**case, "method": method, "limit": limit})
         for method, limit in limits.items()
     }
     final = curves["full"][-1][1]
@@ -288,13 +335,14 @@ def main():
     parser.add_argument("tables", nargs="*", help=f"any of: {', '.join(tables)}; default: all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--seconds", type=float, default=4, help="how long to time each case")
+    parser.add_argument("--rounds", type=int, default=20, help="how often each case has its turn")
+    parser.add_argument("--slice", type=float, default=0.25, help="seconds of a turn")
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
         print(json.dumps(globals()[args.run[0]](json.loads(args.run[1]))))
         return
-    case = {"threads": args.threads, "device": args.device, "seconds": args.seconds}
+    case = vars(args)
     print(f"{args.device}, {args.threads} threads")
     for name in args.tables or tables:
         tables[name](case)
