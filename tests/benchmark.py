@@ -255,7 +255,7 @@ def from_notebook(*cells):
     notebook = json.loads((Path(__file__).parent.parent / "training_objectives.ipynb").read_text())
     source = {cell["id"]: "".join(cell["source"]) for cell in notebook["cells"]}
     names = {"print": lambda *_: None}
-    for cell in ["imports", "device", "parameters", "resolve", *cells]:
+    for cell in ["find-objectives", "imports", "device", "ranks", "parameters", "resolve", *cells]:
         exec(source[cell].replace('DATA = "cifar10"', 'DATA = "stand-in"'), names)
     return names
 
@@ -274,7 +274,8 @@ def network_step(n, n_classes, device):
     scaler = torch.amp.GradScaler(device, enabled=False)
     images, labels = (tensor[:n] for tensor in names["data"].train)
     softmax = lambda model, images, labels: names["softmax_cross_entropy"](model(images), labels)  # noqa: E731
-    return lambda: names["train_step"](model, softmax, optimizer, scaler, images, labels)
+    told = names["Told"](model, softmax)
+    return lambda: names["train_step"](told, optimizer, scaler, images, labels)
 
 
 def measure_overhead(case):

@@ -7,6 +7,7 @@ import copy
 import importlib.util
 import io
 import json
+import linecache
 import re
 import socket
 import sys
@@ -62,13 +63,20 @@ INJECTED = {
 def run(namespace, *names):
     """Execute the cells of these ids in the namespace, and return it."""
     for name in names:
-        exec(compile(CODE[name], f"<cell {name}>", "exec"), namespace)
+        execute(namespace, name, CODE[name])
     return namespace
+
+
+def execute(namespace, name, source):
+    """Execute it like a cell, so that inspect.getsource finds it."""
+    file = f"<cell {name}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(True), file)
+    exec(compile(source, file, "exec"), namespace)
 
 
 def resolved(**settings):
     """A namespace after the settings, on the CPU."""
-    namespace = run({}, "find-objectives", "imports", "device", "parameters")
+    namespace = run({}, "find-objectives", "imports", "device", "ranks", "parameters")
     namespace |= {"DEVICE": torch.device("cpu"), "PRECISION": torch.float32} | settings
     return run(namespace, "resolve", "check-settings")
 
@@ -177,17 +185,18 @@ def any_run(request):
 def loaders(tmp_path, monkeypatch):
     """A namespace with the functions that load data, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    namespace = run({}, "find-objectives", "imports", *LOADERS)
+    namespace = run({}, "find-objectives", "imports", "device", "ranks", *LOADERS)
     namespace["make_stand_in"] = namespace["partial"](namespace["make_stand_in"], 40, 20)
     return namespace
 
 
 @pytest.fixture(scope="module")
-def trained():
+def trained(tmp_path_factory):
     """A namespace that can train all objectives, on few images."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    namespace = run(resolved(DATA="stand-in", EPOCHS=2, WIDTH=8, BATCH_SIZE=64), *LOADERS)
+    settings = {"DATA": "stand-in", "EPOCHS": 2, "WIDTH": 8, "BATCH_SIZE": 64}
+    namespace = run(resolved(**settings, RUNS=str(tmp_path_factory.mktemp("runs"))), *LOADERS)
     namespace["make_stand_in"] = namespace["partial"](namespace["make_stand_in"], 400, 100)
     yield run(namespace, *TRAINING)
     torch.set_num_threads(threads)

@@ -1,0 +1,387 @@
+"""Finished trainings survive: saved, found again, and trained anew where anything differs."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from test_notebook import CODE, LOADERS, ROOT, execute, resolved, run
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import objectives
+
+CELLS = list(CODE)
+BEFORE_PROBE = CELLS[CELLS.index("to-device") : CELLS.index("probe")]
+BEFORE_PROBE.remove("show-images")
+SUPERVISED = CODE["probe"].split("half_trained")[0]  # the objective, without the training
+OBJECTIVES = ["sampled-settings", "sampled-objective", "policy-settings", "policy-objective"]
+
+
+def prepared(folder, **settings):
+    """A namespace that can train on few images, and has not yet."""
+    settings = {"DATA": "stand-in", "EPOCHS": 2, "WIDTH": 8, "BATCH_SIZE": 64} | settings
+    namespace = run(resolved(**settings, RUNS=str(folder)), *LOADERS)
+    namespace["make_stand_in"] = namespace["partial"](namespace["make_stand_in"], 400, 100)
+    namespace = run(namespace, *BEFORE_PROBE)
+    execute(namespace, "probe", SUPERVISED)
+    return run(namespace, *OBJECTIVES)
+
+
+def train_all(names):
+    """What the cells of the notebook train, with the student after its teacher."""
+    load, runs = names["train_or_load"], names["runs"]
+    runs["softmax_cross_entropy"] = load("softmax_cross_entropy", names["supervised"], 10)
+    run(names, "teacher-settings", "teacher-objective")
+    runs["teacher_student"] = load("teacher_student", names["distilled"], 10)
+    runs["sampled_softmax"] = load("sampled_softmax", names["sampled"], 10)
+    runs["policy_gradient"] = load("policy_gradient", names["reinforced"], 11)
+    return runs
+
+
+def outcome(run):
+    """All of a run that does not depend on the clock."""
+    return run.history, run.accuracy, run.finished, run.model.state_dict()
+
+
+def same(run, other):
+    *numbers, weights = outcome(run)
+    *other_numbers, other_weights = outcome(other)
+    return numbers == other_numbers and all(
+        torch.equal(weights[k], other_weights[k]) for k in {**weights, **other_weights}
+    )
+
+
+@pytest.fixture
+def names(tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield prepared(tmp_path / "runs", RESUME=True)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def softmax(names):
+    """Train or load with softmax cross entropy."""
+    return lambda: names["train_or_load"]("softmax", names["supervised"], 10)
+
+
+@pytest.fixture
+def saved(names, softmax, capsys):
+    """A finished training and its file."""
+    first = softmax()
+    (path,) = Path(names["RUNS"]).iterdir()
+    capsys.readouterr()
+    return first, path
+
+
+def test_a_finished_training_is_loaded_bit_for_bit(softmax, saved, capsys):
+    first, path = saved
+    written = path.stat().st_mtime_ns
+    assert same(first, softmax())
+    said = capsys.readouterr().out
+    assert said == f"softmax was loaded from {path}: test accuracy {first.accuracy:.1%}\n"
+    assert path.stat().st_mtime_ns == written
+
+
+def test_every_part_of_a_run_comes_back(softmax, saved):
+    first, again = saved[0], softmax()
+    assert vars(first).keys() == vars(again).keys() and first.seconds == again.seconds
+
+
+def test_without_resume_nothing_old_is_used(names, softmax, saved, monkeypatch):
+    names["RESUME"] = False
+    names["find_run"] = names["load_run"] = lambda *_: pytest.fail("looked for an old run")
+    first, path = saved
+    written = path.stat().st_mtime_ns
+    assert same(first, softmax()) and path.stat().st_mtime_ns > written
+
+
+def test_an_unrelated_setting_changes_nothing(names, softmax, saved, capsys):
+    names["ENTROPY_WEIGHT"], names["N_SAMPLES"], names["DATA"] = 0.5, 7, "elsewhere"
+    softmax()
+    assert "was loaded" in capsys.readouterr().out
+
+
+def change_version(names, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+
+
+def change_images(names, monkeypatch):
+    images, labels = names["data"].train
+    images = images.clone()
+    images[0, 0, 0, 0] += 1
+    names["data"].train = images, labels
+
+
+def change_objectives(names, monkeypatch):
+    text = Path(objectives.__file__).read_text()
+    monkeypatch.setattr(Path, "read_text", lambda path: text + "#")
+
+
+def change_objective(names, monkeypatch):
+    execute(names, "probe", SUPERVISED.replace("model(images)", "model(1 * images)"))
+
+
+def change_loop(names, monkeypatch):
+    execute(names, "train", CODE["train"].replace("warm_up=0.15", "warm_up=0.3"))
+
+
+def setting(name, value):
+    return lambda names, monkeypatch: names.update({name: value})
+
+
+@pytest.mark.parametrize(
+    "what, change",
+    [
+        ("EPOCHS", setting("EPOCHS", 3)),
+        ("BATCH_SIZE", setting("BATCH_SIZE", 32)),
+        ("LEARNING_RATE", setting("LEARNING_RATE", 0.001)),
+        ("OPTIMIZER", setting("OPTIMIZER", "SGD")),
+        ("WIDTH", setting("WIDTH", 10)),
+        ("FLIP", setting("FLIP", False)),
+        ("SEED", setting("SEED", 1)),
+        ("PRECISION", setting("PRECISION", torch.bfloat16)),
+        ("torch", change_version),
+        ("images", change_images),
+        ("objectives.py", change_objectives),
+        ("objective", change_objective),
+        ("learning_rate_at", change_loop),
+    ],
+)
+def test_what_differs_is_named_and_trained_anew(
+    names, softmax, saved, capsys, monkeypatch, what, change
+):
+    change(names, monkeypatch)
+    softmax()
+    said = capsys.readouterr().out
+    assert f"softmax is trained anew, since this differs from {saved[1]}: {what} (saved: " in said
+    assert "was loaded" not in said and len(list(saved[1].parent.iterdir())) == 2
+    softmax()
+    assert "was loaded" in capsys.readouterr().out
+
+
+def test_an_objectives_own_setting_counts(names, capsys):
+    train = lambda: names["train_or_load"]("sampled", names["sampled"], 10)  # noqa: E731
+    train()
+    names["N_SAMPLES"] = 6
+    train()
+    assert "N_SAMPLES (saved: 5, now: 6)" in capsys.readouterr().out
+
+
+def test_a_student_of_another_teacher_is_trained_anew(names, capsys):
+    train_all(names)
+    train_all(names)
+    assert capsys.readouterr().out.count("was loaded") == 4
+    teacher = names["runs"]["softmax_cross_entropy"].model
+    with torch.no_grad():
+        teacher.head.bias[0] += 1
+    names["train_or_load"]("teacher_student", names["distilled"], 10)
+    assert "differs" in (said := capsys.readouterr().out) and "teacher (saved: " in said
+
+
+def test_a_damaged_file_is_named_and_trained_anew(softmax, saved, capsys):
+    """Cut anywhere or with any byte changed, it is refused, or what matters in it is intact."""
+    first, path = saved
+    whole, chance = path.read_bytes(), random.Random(0)
+    refused = 0
+    for trial in range(12):
+        at = chance.randrange(len(whole))
+        changed = bytes([whole[at] ^ (1 + chance.randrange(255))])
+        path.write_bytes(whole[:at] if trial % 2 else whole[:at] + changed + whole[at + 1 :])
+        assert same(first, softmax())
+        said = capsys.readouterr().out
+        assert (f"{path} is damaged and not used" in said) != ("was loaded" in said)
+        refused += "damaged" in said
+    assert refused >= 9
+
+
+def test_a_half_written_file_is_never_found(names, softmax, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            softmax()
+    assert [path.suffix for path in Path(names["RUNS"]).iterdir()] == [".part"]
+    softmax()
+    assert "was loaded" not in capsys.readouterr().out
+    assert [path.suffix for path in Path(names["RUNS"]).iterdir()] == [".pt"]
+
+
+# A training that does not finish
+
+
+def stop_at(names, step, error):
+    """Make the training meet this error at its step of that number, counted from 1."""
+    train_step, steps = names["train_step"], iter(range(1, 10**6))
+
+    def stopping(*arguments):
+        result = train_step(*arguments)
+        return error(result) if next(steps) == step else result
+
+    names["train_step"] = stopping
+
+
+def interrupt(_):
+    raise KeyboardInterrupt
+
+
+def not_a_number(result):
+    return result | {"loss": torch.tensor(torch.nan)}
+
+
+def test_an_interrupted_training_keeps_its_epochs_and_is_not_saved(names, softmax, capsys):
+    complete = softmax().history
+    (path,) = Path(names["RUNS"]).iterdir()
+    path.unlink()
+    stop_at(names, 10, interrupt)  # seven steps are an epoch
+    stopped = softmax()
+    assert "STOPPED: softmax was interrupted. Epochs kept: 1." in capsys.readouterr().out
+    assert stopped.history == {k: v[:1] for k, v in complete.items()} and not stopped.finished
+    assert list(Path(names["RUNS"]).iterdir()) == []
+    names["runs"]["softmax_cross_entropy"] = stopped
+    names["plot_run"]("softmax_cross_entropy", fraction=["accuracy"], nats=["loss"])
+    plt.close("all")
+
+
+def test_an_interrupt_before_the_first_epoch_ends_goes_through(names, softmax):
+    stop_at(names, 3, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        softmax()
+
+
+def test_a_loss_that_is_not_a_number_is_reported(names, softmax, capsys):
+    stop_at(names, 10, not_a_number)
+    stopped = softmax()
+    said = capsys.readouterr().out
+    rate = names["learning_rate_at"](9.5 / 14)
+    wanted = f"the loss of softmax became nan in epoch 2, step 3 of 7, at learning rate {rate:.3g}"
+    assert wanted in said and len(stopped.history["loss"]) == 1
+    last = float(said.split("the last finite loss of that epoch was ")[1].split(".  Epochs")[0][:6])
+    assert 0 < last < 5 and not Path(names["RUNS"]).exists()
+
+
+def test_a_loss_that_is_infinite_in_the_first_epoch_raises(names, softmax):
+    names["LEARNING_RATE"] = 1e30
+    with pytest.raises(
+        FloatingPointError, match="^the loss of softmax became (nan|inf) in epoch 1"
+    ):
+        softmax()
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often the values of a tensor are asked for."""
+
+    n = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.n += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_loop_reads_no_value_in_a_step(names):
+    """As often with 14 steps an epoch as with 7: labels are checked on the CPU alone."""
+
+    def reads(batch_size):
+        names["BATCH_SIZE"] = batch_size
+        with Reads() as mode:
+            names["train"]("", lambda model, images, _: (model(images).sum(), {}), 10)
+        return mode.n
+
+    assert reads(64) == reads(32)
+
+
+# Killed at any moment
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_half_written(state, file):
+    file.write(b"PK\x03\x04 the beginning of a file")
+    file.flush()
+    die()
+
+
+AIMS = [(torch, "save", die_half_written), (os, "fsync", die), (Path, "replace", die)]
+
+
+def kill_repeatedly(folder):
+    """Fork the same work again and again, kill it at random or while it saves; report in JSON."""
+    torch.set_num_threads(1)
+    chance = random.Random(0)
+    names = prepared(folder / "undisturbed", RESUME=True)
+    started = folder / "started"
+
+    def fork(aim=None):
+        pid = os.fork()
+        if pid:
+            return pid
+        sys.stdout = open(os.devnull, "w")
+        train = names["train"]
+        names["train"] = lambda name, *rest, **options: (
+            started.open("a").write(f"{name}\n"),
+            train(name, *rest, **options),
+        )[1]
+        if aim:
+            setattr(*aim)
+        train_all(names)
+        os._exit(0)
+
+    began = time.monotonic()
+    os.waitpid(fork(), 0)
+    length = time.monotonic() - began
+    started.unlink()
+    names["RUNS"] = str(folder / "killed")
+    files = lambda: list(Path(names["RUNS"]).glob("*.pt"))  # noqa: E731
+    killed, intact = 0, True
+    while killed < 20:
+        for path in files():  # as if some had not been trained yet
+            if chance.random() < 0.5:
+                path.unlink()
+        pid = fork()
+        time.sleep(chance.uniform(0, length * (4 - len(files())) / 4))
+        os.kill(pid, signal.SIGKILL)
+        killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        intact &= all(names["load_run"](path) for path in files())
+    for path in files():
+        path.unlink()
+    started.unlink()
+    for aim in [*AIMS, None]:
+        killed += os.WIFSIGNALED(os.waitpid(fork(aim), 0)[1])
+    print(json.dumps({"killed": killed, "intact": intact, "started": started.read_text().split()}))
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path):
+    command = [sys.executable, __file__, str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["killed"] == 23 and report["intact"]
+    assert report["started"] == ["softmax_cross_entropy"] * 4 + [
+        "teacher_student",
+        "sampled_softmax",
+        "policy_gradient",
+    ]
+    folders = [tmp_path / "undisturbed", tmp_path / "killed"]
+    files = [sorted(path.name for path in folder.glob("*.pt")) for folder in folders]
+    assert files[0] == files[1] and len(files[0]) == 4
+    for name in files[0]:
+        undisturbed, killed = (torch.load(folder / name, weights_only=True) for folder in folders)
+        for key, value in undisturbed["weights"].items():
+            assert torch.equal(value, killed["weights"][key])
+        assert undisturbed["run"]["history"] == killed["run"]["history"]
+
+
+if __name__ == "__main__":
+    kill_repeatedly(Path(sys.argv[1]))
