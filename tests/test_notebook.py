@@ -34,7 +34,7 @@ OBJECTIVES = objectives.__all__[:5]
 SHOWS = re.compile(r"^(plt\.show|anatomy|plot_run)\(", re.MULTILINE)
 FIGURES = [name for name, source in CODE.items() if SHOWS.search(source)]
 MADE_ON_THE_SPOT = {"costs", "bias-plot", "race-plot"}  # figures that show no image data
-LOADERS = ["load-folder", "load-cifar10", "stand-in", "load-data"]
+LOADERS = ["read-image", "list-images", "load-folder", "load-cifar10", "stand-in", "load-data"]
 TRAINING = list(CODE)[list(CODE).index("to-device") : list(CODE).index("probe") + 1]
 TRAINING.remove("show-images")
 TRAINING += ["sampled-settings", "sampled-objective", "policy-settings", "policy-objective"]
