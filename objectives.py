@@ -21,17 +21,20 @@ x = logits of one image, p = softmax(x), t = its label, a = its action, r = its 
 
 Common rules. Inputs may be float16, bfloat16, float32 or float64, on any device that they
 share; the arithmetic is at least float32, also under autocast. A logit of -inf masks a
-class or action out: its probability is 0, it is never chosen, its gradient is 0.
-N may be 0: loss, metrics and gradients are 0. C may be 2: softmax(x)_1 = sigmoid(x_1 - x_0).
-C may be 1: p = 1 whatever x, and only value_function without ``consistent`` still learns.
+class or action out: its probability is 0, it is never chosen, its gradient is 0; not all of
+an image may be masked. With N = 0 loss, metrics and gradients are 0. With C = 2 a softmax is
+the sigmoid of a difference, x_1 - x_0. With C = 1 it is 1 whatever x: nothing is learned but
+the value of value_function without ``consistent``.
+
 A ``generator`` makes the random draws repeatable; it must live on the device of the inputs.
 A wrong type or dtype raises TypeError; a wrong shape, device or range raises ValueError;
 both name the argument. What can only be known by reading the values of a tensor (labels in
 range, rewards between 0 and 1) is checked on the CPU alone, since elsewhere the check would
-make the program wait for the device; nor is it checked under torch.compile and vmap.
-torch.compile makes one graph of each, given no ``generator``, which
-it cannot take: torch.manual_seed repeats the draws. torch.func.grad and vmap work as well,
-the latter, for the three that draw, with ``randomness="different"`` or ``"same"``.
+make the program wait for the device; under torch.compile and vmap it is not checked.
+
+torch.compile makes one graph of each, but cannot take a ``generator``: there
+torch.manual_seed repeats the draws. torch.func.grad and vmap work as well; for those that
+draw, vmap needs ``randomness="different"`` or ``"same"``.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from numbers import Real
 from typing import Protocol
 
@@ -234,7 +237,8 @@ def sampled_softmax(
     else:
         b = _scores(bias.gather(0, ids, sparse_grad=sparse)).to(dtype)
     b_label, b_noise = b.split([n, n_samples])
-    with _no_autocast(ids.device.type):
+    # The meta device has no autocast.
+    with nullcontext() if ids.is_meta else torch.autocast(ids.device.type, enabled=False):
         e = embeddings.to(dtype)
         x_label = (e * w_label).sum(1) + b_label
         x_noise = torch.addmm((b_noise - log_q).to(dtype), e, w_noise.T)
@@ -259,7 +263,7 @@ def _draw(
     n_classes: int,
     generator: Generator | None,
 ) -> tuple[Tensor, Tensor | float, Tensor | float]:
-    """Labels and noise classes [N + n_samples], the latter's log q_c, each label's log(1 - q_t)."""
+    """Ids of labels and noise classes [N + n_samples], log q of the latter, and log(1 - q_t)."""
     _check_count("n_samples", n_samples)
     if noise is None:
         drawn = torch.randint(n_classes, (n_samples,), generator=generator, device=labels.device)
@@ -574,13 +578,6 @@ def _scores(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return x.clamp(-limit, limit)
 
 
-def _no_autocast(device_type: str) -> AbstractContextManager:
-    """Autocast switched off, where there is any: not on the meta device."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
 def _limit(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).max / 8
 
@@ -704,7 +701,8 @@ def _check_generator(generator: Generator | None, device: torch.device | None) -
     if not isinstance(generator, Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     device, its = device or torch.get_default_device(), generator.device
-    if its.type != device.type or (its.index or 0) != (device.index or 0):
+    other_index = its.index != device.index and None not in (its.index, device.index)
+    if its.type != device.type or other_index:
         raise ValueError(f"generator must be on the device of the draws, {device}, got {its}")
 
 
