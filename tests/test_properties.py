@@ -249,24 +249,29 @@ def check_ranges(p, loss, metrics, grads):
         assert all((grad == 0).all() for grad in grads)
 
 
+def check_close(name, p, loss, grads, other_loss, other_grads):
+    """Equal to the rounding of the scores and, for gradients, of their own type."""
+    t = p.temperature if name == "teacher_student" else 1
+    d = 30 * p.d if name == "sampled_softmax" else 1
+    rounding = 16 * torch.finfo(p.wide).eps * (1 + 6 * p.size * d / t) * max(t, 1) ** 2
+    torch.testing.assert_close(loss.double(), other_loss.double(), rtol=1e-5, atol=rounding)
+    eps = torch.finfo(p.dtype).eps
+    for grad, other in zip(grads, other_grads, strict=True):
+        atol = (eps + rounding) * max([1.0, *other.abs().flatten().tolist()])
+        torch.testing.assert_close(grad.double(), other.double(), rtol=4 * eps, atol=atol)
+
+
 @every_objective
 @given(p=problems(sizes=[0.0, 1.0, 30.0]))
 def test_loss_and_gradients_are_those_in_float64(name, p):
-    """To the rounding of the scores; the gradients also to that of their own type."""
     # The value of a sole action is 1, and its cross entropy infinite.
     p.consistent = p.consistent and bool(((~p.mask).sum(1) > 1).all())
     tensors = tensors_of(name, p)
     loss, metrics, grads = evaluate(name, p, tensors)
     check_ranges(p, loss, metrics, grads)
     loss64, grads64 = expected(name, p, tensors)
-    t = p.temperature if name == "teacher_student" else 1
-    d = 30 * p.d if name == "sampled_softmax" else 1
-    rounding = 16 * torch.finfo(p.wide).eps * (1 + 6 * p.size * d / t) * max(t, 1) ** 2
-    torch.testing.assert_close(loss.double(), loss64, rtol=1e-5, atol=rounding)
-    eps = torch.finfo(p.dtype).eps
-    for tensor, grad, grad64 in zip(tensors, grads, grads64, strict=True):
-        atol = (eps + rounding) * max(1, grad64.abs().max() if p.n else 0)
-        torch.testing.assert_close(grad.double(), grad64, rtol=4 * eps, atol=float(atol))
+    check_close(name, p, loss, grads, loss64, grads64)
+    for tensor, grad in zip(tensors, grads):
         assert (grad[tensor == -INF] == 0).all()
 
 
@@ -283,17 +288,16 @@ def test_scores_of_any_size_give_finite_numbers(name, p):
 
 
 @every_objective
-@given(p=problems(layouts=LAYOUTS[1:]))
+@given(p=problems(sizes=[0.0, 1.0, 30.0], layouts=LAYOUTS[1:]))
 def test_layout_in_memory_does_not_matter(name, p):
     tensors = tensors_of(name, p)
     copies = [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
     loss, metrics, grads = evaluate(name, p, tensors)
     p.labels = p.labels.clone()
     copied_loss, copied_metrics, copied_grads = evaluate(name, p, copies)
-    scale = {"rtol": 8 * torch.finfo(p.dtype).eps, "atol": 8 * torch.finfo(p.dtype).eps}
-    torch.testing.assert_close(loss, copied_loss, **scale)
-    torch.testing.assert_close(metrics, copied_metrics, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(grads, copied_grads, **scale)
+    check_close(name, p, loss, grads, copied_loss, copied_grads)
+    for key, value in metrics.items():
+        torch.testing.assert_close(value, copied_metrics[key], rtol=1e-4, atol=1e-4)
 
 
 @given(p=problems())
