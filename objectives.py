@@ -21,12 +21,20 @@ x = logits of one image, p = softmax(x), t = its label, a = its action, r = its 
 
 Common rules. Inputs may be float16, bfloat16, float32 or float64, on any device that they
 share; the arithmetic is at least float32, also under autocast. A logit of -inf masks a
-class or action out: its probability is 0, it is never chosen, its gradient is 0.
+class or action out: its probability is 0, it is never chosen, its gradient is 0; not all of
+an image may be masked. With N = 0 loss, metrics and gradients are 0. With C = 2 a softmax is
+the sigmoid of a difference, x_1 - x_0. With C = 1 it is 1 whatever x: nothing is learned but
+the value of value_function without ``consistent``.
+
 A ``generator`` makes the random draws repeatable; it must live on the device of the inputs.
 A wrong type or dtype raises TypeError; a wrong shape, device or range raises ValueError;
 both name the argument. What can only be known by reading the values of a tensor (labels in
 range, rewards between 0 and 1) is checked on the CPU alone, since elsewhere the check would
-make the program wait for the device.
+make the program wait for the device; under torch.compile and vmap it is not checked.
+
+torch.compile makes one graph of each, but cannot take a ``generator``: there
+torch.manual_seed repeats the draws. torch.func.grad and vmap work as well; for those that
+draw, vmap needs ``randomness="different"`` or ``"same"``.
 """
 
 from __future__ import annotations
@@ -34,6 +42,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from numbers import Real
 from typing import Protocol
 
@@ -217,10 +226,10 @@ def sampled_softmax(
         _check_device("bias", bias, "embeddings", embeddings)
     n, n_classes = len(embeddings), len(weight)
     _check_labels(labels, embeddings, n_classes, "embeddings")
-    _check_generator(generator, embeddings)
-    drawn, log_q, log_not_label = _draw(noise, n_samples, labels, n_classes, generator)
+    _check_bool("sparse", sparse)
+    _check_generator(generator, embeddings.device)
+    ids, log_q, log_not_label = _draw(noise, n_samples, labels, n_classes, generator)
 
-    ids = torch.cat([labels, drawn])
     dtype = torch.promote_types(embeddings.dtype, torch.promote_types(weight.dtype, torch.float32))
     w_label, w_noise = F.embedding(ids, weight, sparse=sparse).to(dtype).split([n, n_samples])
     if bias is None:
@@ -228,12 +237,13 @@ def sampled_softmax(
     else:
         b = _scores(bias.gather(0, ids, sparse_grad=sparse)).to(dtype)
     b_label, b_noise = b.split([n, n_samples])
-    with torch.autocast(ids.device.type, enabled=False):
+    # The meta device has no autocast.
+    with nullcontext() if ids.is_meta else torch.autocast(ids.device.type, enabled=False):
         e = embeddings.to(dtype)
         x_label = (e * w_label).sum(1) + b_label
         x_noise = torch.addmm((b_noise - log_q).to(dtype), e, w_noise.T)
 
-    rejected = drawn == labels[:, None]
+    rejected = ids[n:] == labels[:, None]
     k = n_samples - rejected.sum(1, dtype=torch.int32)  # int32: copied first, half of int64
     with torch.no_grad():  # In place, unseen by autograd: exp gives them gradient 0 anyway.
         x_noise.masked_fill_(rejected, -_limit(dtype))
@@ -253,17 +263,23 @@ def _draw(
     n_classes: int,
     generator: Generator | None,
 ) -> tuple[Tensor, Tensor | float, Tensor | float]:
-    """Noise classes [n_samples], their log q_c, and log(1 - q_t) for each label [N]."""
+    """Ids of labels and noise classes [N + n_samples], log q of the latter, and log(1 - q_t)."""
     _check_count("n_samples", n_samples)
     if noise is None:
         drawn = torch.randint(n_classes, (n_samples,), generator=generator, device=labels.device)
-        return drawn, -math.log(n_classes), math.log1p(-1 / max(n_classes, 2))
-    if not callable(getattr(noise, "sample", None)) or not callable(
-        getattr(noise, "log_prob", None)
-    ):
+        ids = torch.cat([labels, drawn])
+        return ids, -math.log(n_classes), math.log1p(-1 / max(n_classes, 2))
+    methods = (getattr(noise, name, None) for name in ("sample", "log_prob"))
+    if isinstance(noise, type) or not all(map(callable, methods)):
         raise TypeError(
             f"noise must have sample(shape) and log_prob(ids), got {type(noise).__name__}"
         )
+    if isinstance(noise, torch.distributions.Categorical):
+        over = noise.param_shape[-1]
+    else:
+        over = getattr(noise, "n_classes", n_classes)
+    if over != n_classes:
+        raise ValueError(f"noise must be over the C={n_classes} classes of weight, got {over}")
     if generator is None:
         drawn = noise.sample((n_samples,))
     elif "generator" in inspect.signature(noise.sample).parameters:
@@ -276,9 +292,13 @@ def _draw(
     _check_int("noise.sample((n_samples,))", drawn, n_samples)
     _check_device("noise.sample((n_samples,))", drawn, "labels", labels)
     _check_range("noise.sample((n_samples,))", drawn, n_classes)
-    q_label = noise.log_prob(labels).exp()
-    tiny = torch.finfo(q_label.dtype).tiny  # where q_t is 1, everything was rejected
-    return drawn, noise.log_prob(drawn), (1 - q_label).clamp(min=tiny).log()
+    ids = torch.cat([labels, drawn])
+    log_q = noise.log_prob(ids)
+    _check_float("noise.log_prob(ids)", log_q, ("N + n_samples",), ids.shape)
+    _check_device("noise.log_prob(ids)", log_q, "labels", labels)
+    log_q_label, log_q_noise = log_q.split([len(labels), n_samples])
+    tiny = torch.finfo(log_q.dtype).tiny  # where q_t is 1, everything was rejected
+    return ids, log_q_noise, (1 - log_q_label.exp()).clamp(min=tiny).log()
 
 
 def value_function(
@@ -323,7 +343,8 @@ def value_function(
     """
     _check_float("logits", logits, ("N", "C"))
     epsilon = _number("epsilon", epsilon, 0, 1)
-    _check_generator(generator, logits)
+    _check_bool("consistent", consistent)
+    _check_generator(generator, logits.device)
     x = _scores(logits)
     n = len(x)
     with torch.no_grad():
@@ -332,7 +353,7 @@ def value_function(
         lottery = torch.rand(x.shape, generator=generator, device=x.device)
         anything = lottery.masked_fill(logits == -math.inf, -1).argmax(1)
         explore = torch.rand(n, generator=generator, device=x.device) < epsilon
-        action = torch.where(explore, anything, x.argmax(1))
+        action = torch.where(explore, anything, logits.argmax(1))
     r = _ask(reward, action, x.dtype)
     value_logit = x.gather(1, action[:, None]).squeeze(1)
     if consistent:
@@ -397,7 +418,7 @@ def policy_gradient(
         _check_float("baseline", baseline, ("N",), logits.shape[:1])
         _check_device("baseline", baseline, "logits", logits)
     entropy_weight = _number("entropy_weight", entropy_weight, 0, math.inf)
-    _check_generator(generator, logits)
+    _check_generator(generator, logits.device)
     log_p = _scores(logits).log_softmax(1)
     p = log_p.exp()
     with torch.no_grad():
@@ -455,7 +476,7 @@ class LogUniform:
 
     Args:
         n_classes: the number of classes, at least 1.
-        device: where samples are made; it needs float64.
+        device: where samples are made; it needs float64. None is PyTorch's default device.
 
     Example:
         >>> LogUniform(3).log_prob(torch.arange(3)).exp()
@@ -464,16 +485,24 @@ class LogUniform:
 
     def __init__(self, n_classes: int, *, device: torch.device | str | None = None):
         _check_count("n_classes", n_classes)
-        self.n_classes, self.device = n_classes, device
+        if device is not None and not isinstance(device, (torch.device, str)):
+            raise TypeError(f"device must be a torch.device or str, got {type(device).__name__}")
+        try:
+            self.device = None if device is None else torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device must name a device, got {device!r}") from error
+        self.n_classes = n_classes
 
     def sample(self, shape: tuple[int, ...], *, generator: Generator | None = None) -> Tensor:
         """Class ids of this shape, int64, drawn independently."""
-        u = torch.rand(shape, dtype=torch.float64, device=self.device, generator=generator)
+        u = _uniform(shape, self.device, generator)
         ids = (u * math.log(self.n_classes + 1)).exp().long() - 1
         return ids.clamp(max=self.n_classes - 1)  # exp may round up
 
     def log_prob(self, ids: Tensor) -> Tensor:
-        """log P(id), float64, for ids of any shape."""
+        """log P(id), float64, for ids of any shape, int64."""
+        _check_ids("ids", ids)
+        _check_range("ids", ids, self.n_classes)
         return (1 / (ids.double() + 1)).log1p().log() - math.log(math.log(self.n_classes + 1))
 
 
@@ -484,7 +513,8 @@ class ClassFrequencies:
     draw and stops at 2^24 classes. This looks n draws up in the cumulative sum, O(n log C).
 
     Args:
-        counts: [C], real, not negative, not all 0; on the device where samples are wanted.
+        counts: [C], real or bool, not negative, not all 0; on the device where samples are
+            wanted.
 
     Example:
         >>> ClassFrequencies(torch.tensor([3, 0, 1])).log_prob(torch.tensor([0, 2])).exp()
@@ -492,24 +522,41 @@ class ClassFrequencies:
     """
 
     def __init__(self, counts: Tensor):
-        _check_tensor("counts", counts, ("C",))
+        _check_real("counts", counts, ("C",))
+        if counts.is_meta:
+            raise ValueError("counts must be on a device that holds values, got meta")
         counts = counts.detach().double()
         self.cumulative = counts.cumsum(0)
         total = self.cumulative[-1].item() if len(counts) else 0.0
         if not (counts >= 0).all() or not 0 < total < math.inf:
             raise ValueError(f"counts must not be negative, nor all 0, got a sum of {total}")
+        self.n_classes = len(counts)
         self.probabilities = counts / total
         self.cumulative /= total
 
     def sample(self, shape: tuple[int, ...], *, generator: Generator | None = None) -> Tensor:
         """Class ids of this shape, int64, drawn independently."""
-        c = self.cumulative
-        u = torch.rand(shape, dtype=c.dtype, device=c.device, generator=generator)
-        return torch.searchsorted(c, u, right=True)
+        u = _uniform(shape, self.cumulative.device, generator)
+        return torch.searchsorted(self.cumulative, u, right=True)
 
     def log_prob(self, ids: Tensor) -> Tensor:
-        """log P(id), float64, for ids of any shape."""
+        """log P(id), float64, for ids of any shape, int64."""
+        _check_ids("ids", ids)
+        _check_device("ids", ids, "counts", self.probabilities)
+        _check_range("ids", ids, self.n_classes)
         return self.probabilities[ids].log()
+
+
+def _uniform(
+    shape: tuple[int, ...], device: torch.device | None, generator: Generator | None
+) -> Tensor:
+    """Random numbers in [0, 1), float64."""
+    if not isinstance(shape, (tuple, list)) or not all(isinstance(n, int) for n in shape):
+        raise TypeError(f"shape must be a tuple of ints, got {shape!r}")
+    if any(n < 0 for n in shape):
+        raise ValueError(f"shape must not be negative, got {shape}")
+    _check_generator(generator, device)
+    return torch.rand(shape, dtype=torch.float64, device=device, generator=generator)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -521,12 +568,14 @@ def _scores(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Logits / temperature in at least float32, -inf and what is near it made finite.
 
     The probability of such a logit is still 0, but 0 times its logarithm is then 0 and not
-    NaN, and clamp stops the gradient. An eighth of the largest number leaves room for sums.
+    NaN, and clamp stops the gradient. An eighth of the largest number leaves room for sums,
+    and, shared with T^2, for the weight that a temperature has in the loss.
     """
     x = _wide(logits)
-    if temperature != 1:
-        x = x / temperature
-    return x.clamp(-_limit(x.dtype), _limit(x.dtype))
+    if temperature != 1:  # A divisor that rounds to 0 would turn a logit of 0 into NaN.
+        x = x / max(temperature, torch.finfo(x.dtype).tiny)
+    limit = _limit(x.dtype) / max(temperature * temperature, 1)
+    return x.clamp(-limit, limit)
 
 
 def _limit(dtype: torch.dtype) -> float:
@@ -550,20 +599,25 @@ def _ask(reward: Reward, action: Tensor, dtype: torch.dtype) -> Tensor:
             "for labels pass reward_if_correct(labels)"
         )
     r = reward(action)
-    _check_tensor("reward(actions)", r, ("N",), action.shape)
-    if r.is_complex():
-        raise TypeError(f"reward(actions) must be real or bool, got {r.dtype}")
+    _check_real("reward(actions)", r, ("N",), action.shape)
     _check_device("reward(actions)", r, "logits", action)
     r = r.detach().to(dtype)
-    if _readable(r) and not ((r >= 0) & (r <= 1)).all():
-        low, high = r.min().item(), r.max().item()
+    low, high = _extremes(r)
+    if not (low >= 0 and high <= 1):
         raise ValueError(f"reward(actions) must lie in [0, 1], got values from {low} to {high}")
     return r
 
 
-def _readable(tensor: Tensor) -> bool:
-    """Whether looking at values costs nothing: not on a GPU, not while compiling."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+def _extremes(tensor: Tensor) -> tuple[float, float]:
+    """The least and the greatest value; (0, 0) where there are none, where reading them makes
+    the program wait for a GPU, and where that is impossible: while compiling, under vmap."""
+    if tensor.device.type == "cpu" and not torch.compiler.is_compiling() and tensor.numel():
+        try:
+            low, high = tensor.aminmax()
+            return low.item(), high.item()
+        except RuntimeError:  # vmap: "We don't support vmap over calling .item()"
+            pass
+    return 0, 0
 
 
 def _check_tensor(name: str, value: Tensor, dims: tuple[str, ...], sizes=None) -> None:
@@ -571,6 +625,8 @@ def _check_tensor(name: str, value: Tensor, dims: tuple[str, ...], sizes=None) -
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     sizes = (None,) * len(dims) if sizes is None else tuple(sizes)
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {value.layout}")
     ok = value.ndim == len(dims)
     if not ok or any(want not in (None, got) for want, got in zip(sizes, value.shape)):
         named = (d if want is None else f"{d}={want}" for d, want in zip(dims, sizes))
@@ -583,6 +639,19 @@ def _check_count(name: str, value: int) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+    if value >= 2**31:  # what counts in int32 and float64 hold exactly
+        raise ValueError(f"{name} must be less than 2^31, got {value}")
+
+
+def _check_bool(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
+def _check_real(name: str, value: Tensor, dims: tuple[str, ...], sizes=None) -> None:
+    _check_tensor(name, value, dims, sizes)
+    if value.is_complex():
+        raise TypeError(f"{name} must be real or bool, got {value.dtype}")
 
 
 def _check_float(name: str, value: Tensor, dims: tuple[str, ...], sizes=None) -> None:
@@ -595,6 +664,12 @@ def _check_float(name: str, value: Tensor, dims: tuple[str, ...], sizes=None) ->
 
 def _check_int(name: str, value: Tensor, n: int | None = None) -> None:
     _check_tensor(name, value, ("N",), (n,))
+    _check_ids(name, value)
+
+
+def _check_ids(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {value.dtype}")
 
@@ -608,12 +683,9 @@ def _check_labels(
 
 
 def _check_range(name: str, ids: Tensor, n_classes: int) -> None:
-    if _readable(ids) and len(ids):
-        low, high = (value.item() for value in ids.aminmax())
-        if low < 0 or high >= n_classes:
-            raise ValueError(
-                f"{name} must lie in [0, {n_classes}), got values from {low} to {high}"
-            )
+    low, high = _extremes(ids)
+    if low < 0 or high >= n_classes:
+        raise ValueError(f"{name} must lie in [0, {n_classes}), got values from {low} to {high}")
 
 
 def _check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -623,16 +695,15 @@ def _check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> N
         )
 
 
-def _check_generator(generator: Generator | None, inputs: Tensor) -> None:
+def _check_generator(generator: Generator | None, device: torch.device | None) -> None:
     if generator is None:
         return
     if not isinstance(generator, Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-    if generator.device.type != inputs.device.type:
-        raise ValueError(
-            f"generator must be on the device of the inputs, {inputs.device}, "
-            f"got {generator.device}"
-        )
+    device, its = device or torch.get_default_device(), generator.device
+    other_index = its.index != device.index and None not in (its.index, device.index)
+    if its.type != device.type or other_index:
+        raise ValueError(f"generator must be on the device of the draws, {device}, got {its}")
 
 
 def _number(
@@ -641,9 +712,13 @@ def _number(
     """The value as a float; raise unless it is finite and in [low, high], or in (low, high)."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    ok = low < value < high if open_interval else low <= value <= high
-    if not ok or not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:  # an int or fraction beyond the largest float
+        number = math.inf
+    ok = low < number < high if open_interval else low <= number <= high
+    if not ok or math.isinf(number):
         left = "(" if open_interval else "["
         right = ")" if open_interval or math.isinf(high) else "]"
         raise ValueError(f"{name} must lie in {left}{low}, {high}{right}, got {value}")
-    return float(value)
+    return number

@@ -6,6 +6,7 @@ import inspect
 import itertools
 import math
 import re
+from fractions import Fraction
 
 import pytest
 import torch
@@ -297,6 +298,17 @@ def test_a_class_that_teacher_and_student_mask_is_removed(alpha, temperature):
     close(teacher_student(x, labels, teacher, **settings)[0], expected)
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-3, 3.0, 1e3])
+def test_extreme_temperatures_and_masks_stay_finite(temperature):
+    """Also where the teacher prefers a class that the student masks."""
+    x = torch.tensor([[0.0, 1.0, -INF], [1e30, 0.0, -INF]], requires_grad=True)
+    teacher = torch.tensor([[0.0, -INF, 2.0], [-1e30, 0.0, 1e30]])
+    settings = {"alpha": 0.5, "temperature": temperature}
+    loss, _ = teacher_student(x, torch.tensor([0, 1]), teacher, **settings)
+    (grad,) = gradients(loss, x)
+    assert loss.isfinite() and grad.isfinite().all() and is_zero(grad[:, 2])
+
+
 def test_agreement_counts_shared_preferences():
     teacher = torch.eye(4)[[0, 1, 3, 3]]
     _, metrics = teacher_student(torch.eye(4), torch.tensor([0, 0, 0, 0]), teacher)
@@ -542,6 +554,12 @@ def test_epsilon_one_is_uniform():
     assert ((seen[0].bincount(minlength=C) / n - 1 / C).abs() <= 4 * standard_error).all()
 
 
+def test_a_masked_action_is_not_preferred_to_the_lowest_finite_value():
+    x, seen = torch.tensor([[-INF, torch.finfo(torch.float32).min]]), []
+    value_function(x, recording(seen), epsilon=0)
+    assert seen[0] == 1
+
+
 def test_only_the_action_taken_has_a_gradient():
     actions, _, grad = play("value_function", 200)
     assert torch.equal(grad != 0, EYE[actions].bool())
@@ -617,8 +635,8 @@ VALID = {
     teacher_student: LOGITS
     | {"labels": THREE, "teacher_logits": normal(3, 4), "alpha": 0.5, "temperature": 1},
     sampled_softmax: {"embeddings": normal(3, 2), "labels": THREE, "weight": normal(4, 2)}
-    | {"bias": normal(4), "n_samples": 5, "generator": None},
-    value_function: LOGITS | REWARD | {"epsilon": 0.2},
+    | {"bias": normal(4), "n_samples": 5, "sparse": False, "generator": None},
+    value_function: LOGITS | REWARD | {"epsilon": 0.2, "consistent": False},
     policy_gradient: LOGITS | REWARD | {"baseline": normal(3), "entropy_weight": 0.04},
     reward_if_correct: {"labels": THREE},
     act: {"actions": THREE},
@@ -635,10 +653,10 @@ WRONG_SHAPES = {
 }
 OUT_OF_RANGE = {
     "alpha": [-0.1, 1.1, NAN, INF],
-    "temperature": [0, -1, INF, NAN],
-    "n_samples": [0, -3],
-    "epsilon": [-0.1, 1.1, NAN],
-    "entropy_weight": [-0.1, INF, NAN],
+    "temperature": [0, -1, INF, NAN, 10**400, Fraction(1, 10**400)],
+    "n_samples": [0, -3, 2**31, 10**400],
+    "epsilon": [-0.1, 1.1, NAN, -INF],
+    "entropy_weight": [-0.1, INF, NAN, 10**400],
 }
 WRONG_REWARDS = [
     ([0.0, 1.0, 0.0], TypeError, "list"),
@@ -651,7 +669,10 @@ WRONG_REWARDS = [
     (torch.tensor([0.0, 1.5, 1.0]), ValueError, "1.5"),
     (torch.tensor([0, -1, 1]), ValueError, "-1"),
     (torch.tensor([0.0, NAN, 1.0]), ValueError, "nan"),
+    (torch.tensor([0.0, INF, 1.0]), ValueError, "inf"),
+    (torch.tensor([0.0, -INF, 1.0]), ValueError, "-inf"),
     (torch.zeros(3, device="meta"), ValueError, "meta"),
+    (torch.zeros(3).to_sparse(), TypeError, "torch.sparse_coo"),
 ]
 
 
@@ -659,8 +680,12 @@ def wrong_tensors(function, name, good):
     yield good.tolist(), TypeError, "list"
     yield 0.5, TypeError, "float"
     floating = good.is_floating_point()
-    for dtype in (torch.int64, torch.complex64) if floating else (torch.int32, torch.float32):
+    real, other = (torch.int64, torch.complex64) if floating else (torch.int32, torch.float32)
+    for dtype in (real, other, torch.bool):
         yield good.to(dtype), TypeError, str(dtype)
+    yield good.to_sparse(), TypeError, "torch.sparse_coo"
+    if name not in ("bias", "baseline"):
+        yield None, TypeError, "NoneType"
     for shape in WRONG_SHAPES[name]:
         # The labels of a reward may be of any number.
         if function is not reward_if_correct or len(shape) != 1:
@@ -680,15 +705,19 @@ def wrong_values(function, name, good):
     elif name == "generator":
         yield 0, TypeError, "int"
         yield torch.get_rng_state(), TypeError, "Tensor"
+        yield torch.Generator, TypeError, type(torch.Generator).__name__
     elif name == "reward":
         yield None, TypeError, "NoneType"
         yield THREE, TypeError, "Tensor; for labels pass reward_if_correct"
         for value, *error in WRONG_REWARDS:
             yield lambda actions, value=value: value, *error
+    elif isinstance(good, bool):
+        for value in (1, 0.0, None, "yes", torch.tensor(True)):
+            yield value, TypeError, type(value).__name__
     else:
         for value in OUT_OF_RANGE[name]:
             yield value, ValueError, f"{value}"
-        for value in ("x", True, None, *[1.5] * (name == "n_samples")):
+        for value in ("x", True, None, 1j, torch.tensor(1), *[1.5] * (name == "n_samples")):
             yield value, TypeError, type(value).__name__
 
 
@@ -710,6 +739,16 @@ def test_the_error_table_starts_from_valid_arguments(function):
 def test_wrong_input_is_an_error_that_names_it(function, argument, value, error, message):
     with pytest.raises(error, match=rf"^{argument}\b.*got .*{re.escape(message)}"):
         function(**VALID[function] | {argument: value})
+
+
+@every_objective
+def test_shapes_can_be_tried_on_the_meta_device(name):
+    tensors = [tensor.detach().to("meta").requires_grad_() for tensor in inputs(name)]
+    function, settings = CASES[name]
+    target = LABELS.to("meta") if name in SUPERVISED else torch.Tensor.float
+    loss, metrics = function(tensors[0], target, *tensors[1:], **settings)
+    assert all(value.is_meta and value.shape == () for value in (loss, *metrics.values()))
+    assert gradients(loss, *tensors)[0].shape == tensors[0].shape
 
 
 @every_random_objective

@@ -253,14 +253,21 @@ def test_generator_repeats_the_draw(noise):
 
 
 class Wrong:
-    def __init__(self, ids):
-        self.ids = ids
+    def __init__(self, ids, log_q=None):
+        self.ids, self.log_q = ids, log_q
 
     def sample(self, shape):
         return self.ids
 
     def log_prob(self, ids):
-        return torch.zeros(ids.shape)
+        return self.log_q
+
+
+class WithoutLogProb:
+    sample = LogUniform.sample
+
+
+IDS, LOG_Q = torch.tensor([0, 1, 2, 3]), torch.zeros(7)
 
 
 @pytest.mark.parametrize(
@@ -268,6 +275,27 @@ class Wrong:
     [
         ({"noise": "uniform"}, TypeError, r"^noise must have .* got str"),
         ({"noise": COUNTS}, TypeError, r"^noise must have .* got Tensor"),
+        ({"noise": LogUniform}, TypeError, r"^noise must have .* got type"),
+        ({"noise": WithoutLogProb()}, TypeError, r"^noise must have .* got WithoutLogProb"),
+        ({"noise": LogUniform(3)}, ValueError, r"^noise must be over the C=4 .* got 3"),
+        ({"noise": LogUniform(5)}, ValueError, r"^noise must be over the C=4 .* got 5"),
+        ({"noise": ClassFrequencies(COUNTS[:3])}, ValueError, r"^noise must be over .* got 3"),
+        ({"noise": Categorical(COUNTS[:3])}, ValueError, r"^noise must be over .* got 3"),
+        ({"noise": Categorical(COUNTS.repeat(2, 1))}, ValueError, r"^noise\.sample.* got \[4, 2\]"),
+        ({"noise": Wrong(None)}, TypeError, r"^noise\.sample.* must be a tensor, got NoneType"),
+        (
+            {"noise": Wrong(IDS.int())},
+            TypeError,
+            r"^noise\.sample.* must be int64, got torch.int32",
+        ),
+        ({"noise": Wrong(IDS - 1)}, ValueError, r"^noise\.sample.* got values from -1 to 2"),
+        ({"noise": Wrong(IDS.to("meta"))}, ValueError, r"^noise\.sample.* device .* got meta"),
+        ({"noise": Wrong(IDS)}, TypeError, r"^noise\.log_prob.* must be a tensor, got NoneType"),
+        ({"noise": Wrong(IDS, LOG_Q[0])}, ValueError, r"^noise\.log_prob.* got \[\]"),
+        ({"noise": Wrong(IDS, LOG_Q[:4])}, ValueError, r"^noise\.log_prob.* got \[4\]"),
+        ({"noise": Wrong(IDS, LOG_Q[:, None])}, ValueError, r"^noise\.log_prob.* got \[7, 1\]"),
+        ({"noise": Wrong(IDS, LOG_Q.int())}, TypeError, r"^noise\.log_prob.* got torch.int32"),
+        ({"noise": Wrong(IDS, LOG_Q.to("meta"))}, ValueError, r"^noise\.log_prob.* got meta"),
         ({"noise": Wrong([1, 2])}, TypeError, r"^noise\.sample.* must be a tensor, got list"),
         ({"noise": Wrong(COUNTS)}, TypeError, r"^noise\.sample.* must be int64, got torch.float32"),
         ({"noise": Wrong(torch.ones(3, dtype=int))}, ValueError, r"^noise\.sample.* got \[3\]"),
@@ -294,6 +322,41 @@ def test_wrong_noise_is_refused(settings, error, message):
         (lambda: LogUniform(0), ValueError, "^n_classes must be at least 1, got 0"),
         (lambda: LogUniform(2.0), TypeError, "^n_classes must be an int, got float"),
         (lambda: LogUniform(True), TypeError, "^n_classes must be an int, got bool"),
+        (lambda: LogUniform("3"), TypeError, "^n_classes must be an int, got str"),
+        (lambda: LogUniform(-1), ValueError, "^n_classes must be at least 1, got -1"),
+        (lambda: LogUniform(2**31), ValueError, "^n_classes must be less than 2.31, got"),
+        (lambda: LogUniform(3, device=0.5), TypeError, "^device must be .* got float"),
+        (lambda: LogUniform(3, device="abacus"), ValueError, "^device must .* got 'abacus'"),
+        (lambda: LogUniform(3).sample(4), TypeError, "^shape must be .* got 4"),
+        (lambda: LogUniform(3).sample((4.0,)), TypeError, "^shape must be .* got"),
+        (lambda: LogUniform(3).sample((-4,)), ValueError, "^shape must not be negative, got"),
+        (lambda: LogUniform(3).sample((4,), generator=0), TypeError, "^generator .* got int"),
+        (
+            lambda: LogUniform(3, device="meta").sample((4,), generator=torch.Generator()),
+            ValueError,
+            "^generator must be on the device of the draws, meta, got cpu",
+        ),
+        (lambda: LogUniform(3).log_prob(0), TypeError, "^ids must be a tensor, got int"),
+        (lambda: LogUniform(3).log_prob(COUNTS), TypeError, "^ids must be int64, got torch.float"),
+        (lambda: LogUniform(3).log_prob(IDS), ValueError, r"^ids .* \[0, 3\), got .* 0 to 3"),
+        (lambda: LogUniform(9).log_prob(IDS - 1), ValueError, "^ids .* got values from -1 to 2"),
+        (lambda: ClassFrequencies(None), TypeError, "^counts must be a tensor, got NoneType"),
+        (lambda: ClassFrequencies(COUNTS * 1j), TypeError, "^counts must be real .* got .*complex"),
+        (lambda: ClassFrequencies(COUNTS.to_sparse()), TypeError, "^counts .* got torch.sparse"),
+        (lambda: ClassFrequencies(COUNTS.to("meta")), ValueError, "^counts .* got meta"),
+        (lambda: ClassFrequencies(torch.tensor(3)), ValueError, r"^counts .* got \[\]"),
+        (lambda: ClassFrequencies(COUNTS).sample(None), TypeError, "^shape must be .* got None"),
+        (lambda: ClassFrequencies(COUNTS).sample([-1]), ValueError, "^shape must not .* got"),
+        (
+            lambda: ClassFrequencies(COUNTS).sample((4,), generator=IDS),
+            TypeError,
+            "^generator .* got Tensor",
+        ),
+        (lambda: ClassFrequencies(COUNTS).log_prob([0]), TypeError, "^ids .* got list"),
+        (lambda: ClassFrequencies(COUNTS).log_prob(IDS > 0), TypeError, "^ids .* got torch.bool"),
+        (lambda: ClassFrequencies(COUNTS).log_prob(IDS - 1), ValueError, "^ids .* from -1 to 2"),
+        (lambda: ClassFrequencies(COUNTS).log_prob(IDS + 1), ValueError, "^ids .* from 1 to 4"),
+        (lambda: ClassFrequencies(COUNTS).log_prob(IDS.to("meta")), ValueError, "^ids .* got meta"),
         (lambda: ClassFrequencies([1, 2]), TypeError, "^counts must be a tensor, got list"),
         (lambda: ClassFrequencies(torch.ones(2, 2)), ValueError, r"^counts must have shape \[C\]"),
         (lambda: ClassFrequencies(torch.zeros(3)), ValueError, r"^counts .* got a sum of 0"),
