@@ -32,9 +32,10 @@ both name the argument. What can only be known by reading the values of a tensor
 range, rewards between 0 and 1) is checked on the CPU alone, since elsewhere the check would
 make the program wait for the device; under torch.compile and vmap it is not checked.
 
-torch.compile makes one graph of each, but cannot take a ``generator``: there
-torch.manual_seed repeats the draws. torch.func.grad and vmap work as well; for those that
-draw, vmap needs ``randomness="different"`` or ``"same"``.
+torch.compile makes one graph of each, but takes no ``generator``: torch.manual_seed repeats
+the draws, and its default backend, inductor, draws other numbers than eager mode and takes no
+``sparse=True``. torch.func.grad and vmap work as well; for the three that draw, vmap needs
+``randomness="different"`` or ``"same"``.
 """
 
 from __future__ import annotations
