@@ -226,10 +226,10 @@ def stop_at(names, step, error):
 
     def stopping(*arguments):
         result = train_step(*arguments)
-        if next(steps) == step:
-            return error(result)
-        names["finite"] = result["loss"].item()
-        return result
+        number = next(steps)
+        if number == step - 1:
+            names["loss_before"] = result["loss"].item()
+        return error(result) if number == step else result
 
     names["train_step"] = stopping
 
@@ -269,7 +269,7 @@ def test_a_loss_that_is_not_a_number_is_reported(names, softmax, capsys):
     rate = names["learning_rate_at"](9.5 / 14)
     assert (
         f"the loss of softmax became nan in epoch 2, step 3 of 7, at learning rate {rate:.3g}; "
-        f"the last finite loss of that epoch was {names['finite']}. Epochs kept: 1." in said
+        f"the last finite loss of that epoch was {names['loss_before']}. Epochs kept: 1." in said
     )
     assert len(stopped.history["loss"]) == 1 and not Path(names["RUNS"]).exists()
 

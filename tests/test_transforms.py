@@ -24,6 +24,10 @@ LABELS = torch.tensor([0, 4, 2, 1, 3, 2])
 PAY = torch.tensor([0.0, 0.25, 1.0, 0.5, 0.75])
 
 
+def pay(action):
+    return PAY[action]
+
+
 def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -44,12 +48,12 @@ CASES = {
     "sampled_softmax_frequencies": sampled(ClassFrequencies(PAY)),
     "sampled_softmax_categorical": sampled(Categorical(PAY.double())),
     "value_function_greedy": lambda x, t: value_function(x, reward_if_correct(t), epsilon=0),
-    "value_function": lambda x, t: value_function(x, PAY.__getitem__),
+    "value_function": lambda x, t: value_function(x, pay),
     "value_function_consistent": lambda x, t: value_function(
         x, reward_if_correct(t), consistent=True
     ),
     "policy_gradient": lambda x, t: policy_gradient(x, reward_if_correct(t)),
-    "policy_gradient_baseline": lambda x, t: policy_gradient(x, PAY.__getitem__, x[:, 0]),
+    "policy_gradient_baseline": lambda x, t: policy_gradient(x, pay, x[:, 0]),
 }
 DETERMINISTIC = ["softmax_cross_entropy", "teacher_student", "value_function_greedy"]
 RANDOM = [name for name in CASES if name not in DETERMINISTIC]
