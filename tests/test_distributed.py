@@ -14,14 +14,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from nbconvert import ScriptExporter
-from test_notebook import INJECTED, NOTEBOOK, ROOT
+from test_notebook import INJECTED, NOTEBOOK, ROOT, SHOWS
 
 import objectives as o
 
 N, C, D = 24, 7, 5  # 24 images are 2 x 12 and 4 x 6
 
 
-# What every rank does in test_ranks
+# What every rank does
 
 
 class Told(torch.nn.Module):
@@ -87,13 +87,15 @@ def rank_main(out):
     dist.destroy_process_group()
 
 
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
 def torchrun(n, *command, **options):
     """Start n processes on this machine, each with one thread."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.Popen(
         [*torchrun, "--nproc-per-node", str(n), *map(str, command)],
-        env=env,
+        env=ONE_THREAD,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -188,7 +190,7 @@ def test_one_rank_prints(two_ranks):
 
 def test_one_rank_plots_and_saves(two_ranks):
     folder, _, errors = two_ranks
-    shows = len(re.findall(r"^(?:plt\.show|anatomy|plot_run)\(", script(folder).read_text(), re.M))
+    shows = len(SHOWS.findall(script(folder).read_text()))
     figures = sorted((folder / "runs").glob("figure-*.png"))
     assert len(figures) == shows and all(path.stat().st_size > 3_000 for path in figures)
     assert set(saved_accuracies(folder)) == {"half-trained", *o.__all__[:5]}
@@ -199,8 +201,7 @@ def test_one_rank_plots_and_saves(two_ranks):
 def test_two_ranks_learn_as_much_as_one(two_ranks, tmp_path):
     """Within 5 standard errors of a difference between two accuracies on 500 images."""
     command = [sys.executable, script(tmp_path, "softmax-train")]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True)
+    subprocess.run(command, cwd=tmp_path, env=ONE_THREAD, check=True, capture_output=True)
     one = saved_accuracies(tmp_path)["softmax_cross_entropy"]
     two = saved_accuracies(two_ranks[0])["softmax_cross_entropy"]
     spread = ((one * (1 - one) + two * (1 - two)) / 500) ** 0.5

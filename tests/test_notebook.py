@@ -11,6 +11,7 @@ import linecache
 import re
 import socket
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from urllib.error import URLError
@@ -35,9 +36,9 @@ SHOWS = re.compile(r"^(plt\.show|anatomy|plot_run)\(", re.MULTILINE)
 FIGURES = [name for name, source in CODE.items() if SHOWS.search(source)]
 MADE_ON_THE_SPOT = {"costs", "bias-plot", "race-plot"}  # figures that show no image data
 LOADERS = ["read-image", "list-images", "load-folder", "load-cifar10", "stand-in", "load-data"]
-TRAINING = list(CODE)[list(CODE).index("to-device") : list(CODE).index("probe") + 1]
-TRAINING.remove("show-images")
-TRAINING += ["sampled-settings", "sampled-objective", "policy-settings", "policy-objective"]
+BEFORE_PROBE = list(CODE)[list(CODE).index("to-device") : list(CODE).index("probe")]
+BEFORE_PROBE.remove("show-images")
+AFTER_PROBE = ["sampled-settings", "sampled-objective", "policy-settings", "policy-objective"]
 CLASSES = ["Käfer", "cat", "white dog"]  # in the order of ImageFolder
 EPOCHS = 2
 
@@ -79,6 +80,30 @@ def resolved(**settings):
     namespace = run({}, "find-objectives", "imports", "device", "ranks", "parameters")
     namespace |= {"DEVICE": torch.device("cpu"), "PRECISION": torch.float32} | settings
     return run(namespace, "resolve", "check-settings")
+
+
+def with_few_images(folder, **settings):
+    """A namespace that is about to load 400 images, and keeps its trainings in the folder."""
+    settings = {"DATA": "stand-in", "EPOCHS": 2, "WIDTH": 8, "BATCH_SIZE": 64} | settings
+    namespace = run(resolved(**settings, RUNS=str(folder)), *LOADERS)
+    namespace["make_stand_in"] = namespace["partial"](namespace["make_stand_in"], 400, 100)
+    return namespace
+
+
+@contextmanager
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pretend_colab(monkeypatch, **parts):
+    """Make google.colab importable, with these parts."""
+    colab = ModuleType("google.colab")
+    vars(colab).update(parts)
+    monkeypatch.setitem(sys.modules, "google", ModuleType("google"))
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
 
 
 def assigned(source):
@@ -193,13 +218,9 @@ def loaders(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A namespace that can train all objectives, on few images."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    settings = {"DATA": "stand-in", "EPOCHS": 2, "WIDTH": 8, "BATCH_SIZE": 64}
-    namespace = run(resolved(**settings, RUNS=str(tmp_path_factory.mktemp("runs"))), *LOADERS)
-    namespace["make_stand_in"] = namespace["partial"](namespace["make_stand_in"], 400, 100)
-    yield run(namespace, *TRAINING)
-    torch.set_num_threads(threads)
+    with one_thread():
+        namespace = with_few_images(tmp_path_factory.mktemp("runs"))
+        yield run(namespace, *BEFORE_PROBE, "probe", *AFTER_PROBE)
 
 
 @pytest.fixture
@@ -455,10 +476,9 @@ def find(tmp_path, monkeypatch):
 
     def find(url="", uploads=None):
         if uploads is not None:
-            colab, dialogs = ModuleType("google.colab"), iter(uploads)
-            colab.files = SimpleNamespace(upload=lambda: next(dialogs))
-            monkeypatch.setitem(sys.modules, "google", ModuleType("google"))
-            monkeypatch.setitem(sys.modules, "google.colab", colab)
+            dialogs = iter(uploads)
+            files = SimpleNamespace(upload=lambda: next(dialogs))
+            pretend_colab(monkeypatch, files=files)
         setting = re.compile(r'(?m)^OBJECTIVES_URL = ".*?"')
         source, n = setting.subn(lambda _: f"OBJECTIVES_URL = {url!r}", CODE["find-objectives"])
         assert n == 1

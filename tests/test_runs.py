@@ -8,31 +8,34 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from test_notebook import CODE, LOADERS, ROOT, execute, resolved, run
+from test_notebook import (
+    AFTER_PROBE,
+    BEFORE_PROBE,
+    CODE,
+    ROOT,
+    execute,
+    one_thread,
+    pretend_colab,
+    run,
+    with_few_images,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import objectives
 
-CELLS = list(CODE)
-BEFORE_PROBE = CELLS[CELLS.index("to-device") : CELLS.index("probe")]
-BEFORE_PROBE.remove("show-images")
 SUPERVISED = CODE["probe"].split("half_trained")[0]  # the objective, without the training
-OBJECTIVES = ["sampled-settings", "sampled-objective", "policy-settings", "policy-objective"]
 
 
 def prepared(folder, **settings):
     """A namespace that can train on few images, and has not yet."""
-    settings = {"DATA": "stand-in", "EPOCHS": 2, "WIDTH": 8, "BATCH_SIZE": 64} | settings
-    namespace = run(resolved(**settings, RUNS=str(folder)), *LOADERS)
-    namespace["make_stand_in"] = namespace["partial"](namespace["make_stand_in"], 400, 100)
-    namespace = run(namespace, *BEFORE_PROBE)
+    namespace = run(with_few_images(folder, **settings), *BEFORE_PROBE)
     execute(namespace, "probe", SUPERVISED)
-    return run(namespace, *OBJECTIVES)
+    return run(namespace, *AFTER_PROBE)
 
 
 def train_all(names):
@@ -46,14 +49,10 @@ def train_all(names):
     return runs
 
 
-def outcome(run):
-    """All of a run that does not depend on the clock."""
-    return run.history, run.accuracy, run.finished, run.model.state_dict()
-
-
 def same(run, other):
-    *numbers, weights = outcome(run)
-    *other_numbers, other_weights = outcome(other)
+    """Equal bit for bit in all that does not depend on the clock."""
+    weights, other_weights = run.model.state_dict(), other.model.state_dict()
+    numbers, other_numbers = ((r.history, r.accuracy, r.finished) for r in (run, other))
     return numbers == other_numbers and all(
         torch.equal(weights[k], other_weights[k]) for k in {**weights, **other_weights}
     )
@@ -61,10 +60,8 @@ def same(run, other):
 
 @pytest.fixture
 def names(tmp_path):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield prepared(tmp_path / "runs", RESUME=True)
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield prepared(tmp_path / "runs", RESUME=True)
 
 
 @pytest.fixture
@@ -309,10 +306,7 @@ def test_the_loop_reads_no_value_in_a_step(names):
 )
 def test_colab_mounts_drive_for_a_folder_on_it(monkeypatch, folder, mounted):
     mounts = []
-    colab = ModuleType("google.colab")
-    colab.drive = SimpleNamespace(mount=mounts.append)
-    monkeypatch.setitem(sys.modules, "google", ModuleType("google"))
-    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    pretend_colab(monkeypatch, drive=SimpleNamespace(mount=mounts.append))
     run({"sys": sys, "RUNS": folder}, "mount-drive")
     assert mounts == ["/content/drive"] * mounted
 
