@@ -2,11 +2,14 @@
 message names what is wrong. Every server is local, every image is made here."""
 
 import errno
+import gc
+import gzip
 import hashlib
 import io
 import os
 import pickle
 import re
+import shutil
 import socket
 import tarfile
 import threading
@@ -293,6 +296,10 @@ def test_a_source_that_is_no_string_is_named(loaders, own, source):
     refuses(loaders, "DATA must be", repr(source), source=source)
 
 
+def test_the_names_that_a_source_may_have_are_listed(loaders):
+    refuses(loaders, "cifar10, cifar100, fashion-mnist, stand-in", source="cifar")
+
+
 @pytest.mark.parametrize("source", ["~nobody-of-this-name/images", "a\0b", " own", "own/train"])
 def test_a_source_that_is_no_folder_is_named(loaders, own, source):
     refuses(loaders, "DATA must be", repr(source), source=source)
@@ -303,9 +310,10 @@ def test_a_path_and_a_home_folder_are_sources(loaders, own, monkeypatch, tmp_pat
     assert loaders["load_data"](Path("own")).name == loaders["load_data"]("~/own").name == "own"
 
 
-def test_a_cifar10_folder_without_its_halves_is_named(loaders):
-    Path("data", "cifar10").mkdir(parents=True)
-    refuses(loaders, Path("data", "cifar10", "train"), source="cifar10")
+@pytest.mark.parametrize("source", ["cifar10", "cifar100", "fashion-mnist"])
+def test_a_folder_of_a_download_without_its_halves_is_named(loaders, source):
+    Path("data", source).mkdir(parents=True)
+    refuses(loaders, Path("data", source, "train"), repr(source), source=source)
 
 
 @pytest.mark.parametrize("failing", ["load_data", "to_device"])
@@ -324,11 +332,11 @@ def test_after_an_error_the_data_of_before_is_whole(loaders, own, failing):
     assert vars(loaders["data"]) == parts and isinstance(parts["train"][0], torch.Tensor)
 
 
-# The download of CIFAR-10
+# The downloads of CIFAR-10 and FashionMNIST
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers with the archive, or fails in the way that its server was told."""
+    """Answers with a file, or fails in the way that its server was told."""
 
     def do_GET(self):
         server = self.server
@@ -340,7 +348,8 @@ class Handler(BaseHTTPRequestHandler):
         elif server.way == "garbage":
             self.wfile.write(b"garbage\r\n\r\n")
         elif server.way != "nothing":
-            body = b"<html>Log in</html>" if server.way == "another page" else server.archive
+            body = server.files[Path(self.path).name]
+            body = b"<html>Log in</html>" if server.way == "another page" else body
             self.send_response(200)
             self.send_header("Content-Length", len(body))
             self.end_headers()
@@ -358,9 +367,9 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = False  # closing it waits for them
 
-    def __init__(self, archive):
+    def __init__(self, files):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.archive, self.way, self.requests = archive, "good", []
+        self.files, self.way, self.requests = files, "good", []
         self.closing = threading.Event()
 
     def handle_error(self, *args):
@@ -384,6 +393,23 @@ FOLDER = Path("data", "cifar-10-batches-py")
 ARCHIVE = Path("data", "cifar-10-python.tar.gz")
 
 
+def fashion_files():
+    """The files of a tiny FashionMNIST, whose pixels are twenty times their label and one."""
+    files = {}
+    for name, n in [("train", 30), ("t10k", 20)]:
+        labels = np.uint8(np.arange(n) * 7 % 10)
+        pixels = np.repeat(20 * labels + 1, 28 * 28)
+        shapes = {"images-idx3": [n, 28, 28], "labels-idx1": [n]}
+        for (kind, shape), values in zip(shapes.items(), [pixels, labels]):
+            header = np.array([0x800 + len(shape), *shape], ">u4").tobytes()
+            files[f"{name}-{kind}-ubyte.gz"] = gzip.compress(header + values.tobytes(), mtime=0)
+    return files
+
+
+FASHION = fashion_files()
+RAW = Path("data", "FashionMNIST", "raw")
+
+
 def md5(content):
     return hashlib.md5(content).hexdigest()
 
@@ -401,9 +427,13 @@ def archive():
 
 @pytest.fixture
 def server(loaders, archive, monkeypatch):
-    """A local server that torchvision's CIFAR10 downloads from, with little patience."""
-    cifar10, sums = loaders["CIFAR10"], [[name, md5(FILES[name])] for name in FILES]
-    server = Server(archive)
+    """A local server that torchvision downloads from, with little patience."""
+    cifar10 = torchvision.datasets.CIFAR10
+    sums = [[name, md5(FILES[name])] for name in FILES]
+    server = Server({ARCHIVE.name: archive, **FASHION})
+    fashion = torchvision.datasets.FashionMNIST
+    monkeypatch.setattr(fashion, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+    monkeypatch.setattr(fashion, "resources", [(name, md5(FASHION[name])) for name in FASHION])
     monkeypatch.setattr(cifar10, "url", f"http://127.0.0.1:{server.server_port}/{ARCHIVE.name}")
     monkeypatch.setattr(cifar10, "tgz_md5", md5(archive))
     monkeypatch.setattr(cifar10, "train_list", sums[:5])
@@ -439,7 +469,7 @@ def assert_stand_in(loaders, capsys):
     said = capsys.readouterr()
     assert said.err == "" and said.out.count("NOTICE") == 1
     assert "run this cell again" in said.out and ARCHIVE.name in said.out
-    assert FOLDER.as_posix() in said.out and "https://" in said.out
+    assert FOLDER.as_posix() in said.out and torchvision.datasets.CIFAR10.url in said.out
     return said.out
 
 
@@ -473,7 +503,8 @@ def test_a_failing_server_does_not_spoil_the_next_attempt(loaders, server, capsy
 
 
 def test_without_a_server_the_notice_says_what_to_do(loaders, server, capsys, monkeypatch):
-    monkeypatch.setattr(loaders["CIFAR10"], "url", "http://127.0.0.1:9/nobody-listens")
+    nobody_listens = f"http://127.0.0.1:9/{ARCHIVE.name}"
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", nobody_listens)
     assert "refused" in assert_stand_in(loaders, capsys)
 
 
@@ -565,3 +596,82 @@ def test_an_interrupt_leaves_nothing_that_spoils_the_next_attempt(
     assert 0 < ARCHIVE.stat().st_size
     capsys.readouterr()
     assert_cifar10(loaders, capsys)
+
+
+def assert_fashion(loaders, capsys):
+    """Loading gives FashionMNIST: images in a margin of black, with their labels, in colours."""
+    data = loaders["load_data"]("fashion-mnist")
+    assert data.name == "FashionMNIST" and len(data.classes) == 10 and "Bag" in data.classes
+    for (images, labels), n in [(data.train, 30), (data.test, 20)]:
+        assert images.shape == (n, 32, 32, 3) and images.dtype == np.uint8
+        assert list(labels) == [7 * i % 10 for i in range(n)]
+        expected = np.zeros_like(images)
+        expected[:, 2:30, 2:30] += np.uint8(20 * labels + 1)[:, None, None, None]
+        assert np.array_equal(images, expected)
+    said = capsys.readouterr()
+    assert said.err == "" and "NOTICE" not in said.out
+
+
+def assert_no_fashion(loaders, capsys):
+    """Loading gives the stand-in, and one notice that says why and what to do."""
+    assert "stand-in" in loaders["load_data"]("fashion-mnist").name
+    said = capsys.readouterr()
+    assert said.err == "" and said.out.count("NOTICE: FashionMNIST could not be loaded") == 1
+    assert "run this cell again" in said.out and RAW.parent.as_posix() in said.out
+    with warnings.catch_warnings():
+        # torchvision's list of errors is in a cycle with itself, and with it an open connection
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+    return said.out
+
+
+def test_fashion_mnist_is_downloaded_once(loaders, server, capsys):
+    assert_fashion(loaders, capsys)
+    assert len(server.requests) >= 4
+    n_requests = len(server.requests)
+    assert_fashion(loaders, capsys)
+    for path in RAW.glob("*.gz"):
+        path.unlink()
+    assert_fashion(loaders, capsys)
+    assert len(server.requests) == n_requests
+
+
+@pytest.mark.parametrize("way", FAILURES)
+def test_a_server_that_fails_fashion_mnist_does_not_spoil_the_next_attempt(
+    loaders, server, capsys, way
+):
+    server.way = way
+    assert re.search(FAILURES[way], assert_no_fashion(loaders, capsys))
+    server.way = "good"
+    assert_fashion(loaders, capsys)
+
+
+def test_files_of_fashion_mnist_are_used_where_the_notice_says(loaders, server, capsys):
+    server.way = "404"
+    where = re.search(r"save its files in (\S+)", assert_no_fashion(loaders, capsys))[1]
+    for name, content in FASHION.items():
+        Path(where, name).write_bytes(content)
+    server.requests.clear()
+    assert_fashion(loaders, capsys)
+    assert server.requests == []
+
+
+def test_a_damaged_download_of_fashion_mnist_is_repaired(loaders, server, capsys):
+    RAW.mkdir(parents=True)
+    for damage, (name, content) in zip([10, 100, 0], FASHION.items()):
+        (RAW / name).write_bytes(content[:damage])
+    assert_fashion(loaders, capsys)
+
+
+@pytest.mark.parametrize("length", [0, 10, 100])
+def test_a_file_that_torchvision_half_extracted_leads_to_a_notice_that_helps(
+    loaders, server, capsys, length
+):
+    """It finds the file there and does not extract it again, as after a full disk."""
+    assert_fashion(loaders, capsys)
+    damaged = RAW / "train-images-idx3-ubyte"
+    damaged.write_bytes(damaged.read_bytes()[:length])
+    said = assert_no_fashion(loaders, capsys)
+    assert f"remove {RAW.parent.as_posix()}" in said
+    shutil.rmtree(RAW.parent)
+    assert_fashion(loaders, capsys)

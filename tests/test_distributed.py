@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from nbconvert import ScriptExporter
-from test_notebook import INJECTED, NOTEBOOK, ROOT, SHOWS
+from test_notebook import EXPERIMENTS, INJECTED, NOTEBOOK, ROOT, SHOWS
 
 import objectives as o
 
@@ -149,7 +149,8 @@ SETTINGS = {"DATA": "stand-in", "EPOCHS": 2, "WIDTH": 8, "BATCH_SIZE": 64, "RESU
 def script(folder, last_cell=None):
     """The notebook, exported by nbconvert, up to a cell, with small data and settings."""
     notebook = nbformat.v4.new_notebook()
-    small = {name: INJECTED[name] for name in ["stand-in", "why-settings", "race-settings"]}
+    names = ["stand-in", "why-settings", "race-settings", "experiment"]
+    small = {name: INJECTED[name] for name in names}
     for cell in NOTEBOOK.cells:
         cell = cell.copy()
         if cell.id in small:
@@ -194,7 +195,8 @@ def test_one_rank_plots_and_saves(two_ranks):
     figures = sorted((folder / "runs").glob("figure-*.png"))
     assert len(figures) == shows and all(path.stat().st_size > 3_000 for path in figures)
     assert set(saved_accuracies(folder)) == {"half-trained", *o.__all__[:5]}
-    assert len(json.loads((folder / "runs" / "results.json").read_text())["objectives"]) == 5
+    results = json.loads((folder / "runs" / "results.json").read_text())
+    assert len(results["objectives"]) == 5 and len(results["experiments"]) == len(EXPERIMENTS)
     assert "Warning" not in errors
 
 
@@ -223,7 +225,7 @@ def test_a_killed_worker_ends_the_job_and_a_second_start_goes_on(tmp_path):
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     for name in ["half-trained", "softmax_cross_entropy"]:
-        assert name in finished and f"{name} was loaded from" in out
+        assert name in finished and f"{name}, seed 0, was loaded from" in out
     assert "teacher_student" in saved_accuracies(tmp_path)
 
 

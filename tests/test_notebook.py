@@ -10,6 +10,7 @@ import json
 import linecache
 import re
 import socket
+import statistics
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,10 +33,12 @@ NOTEBOOK = nbformat.read(PATH, as_version=4)
 CELLS = {cell.id: cell for cell in NOTEBOOK.cells}
 CODE = {name: cell.source for name, cell in CELLS.items() if cell.cell_type == "code"}
 OBJECTIVES = objectives.__all__[:5]
-SHOWS = re.compile(r"^(plt\.show|anatomy|plot_run)\(", re.MULTILINE)
+SHOWS = re.compile(r"^(plt\.show|anatomy|plot_run|experiment)\(", re.MULTILINE)
 FIGURES = [name for name, source in CODE.items() if SHOWS.search(source)]
+EXPERIMENTS = [name for name in FIGURES if re.search(r"(?m)^experiment\(", CODE[name])]
 MADE_ON_THE_SPOT = {"costs", "bias-plot", "race-plot"}  # figures that show no image data
-LOADERS = ["read-image", "list-images", "load-folder", "load-cifar10", "stand-in", "load-data"]
+LOADERS = ["read-image", "list-images", "load-folder", "download", "stand-in", "load-data"]
+LOADERS += ["on-device"]
 BEFORE_PROBE = list(CODE)[list(CODE).index("to-device") : list(CODE).index("probe")]
 BEFORE_PROBE.remove("show-images")
 AFTER_PROBE = ["sampled-settings", "sampled-objective", "policy-settings", "policy-objective"]
@@ -51,12 +54,20 @@ def recording_show():
     show()
 plt.show = recording_show
 """
+TINY = """
+as_it_was = experiment
+def experiment(investigate, sizes):
+    n_images = 64 if investigate.__name__ == "deeper" else 200  # ResNets take their time
+    few = {"EPOCHS": 1, "N_IMAGES": n_images, "N_TEST": 100}
+    as_it_was(investigate, {kind: size | few for kind, size in sizes.items()})
+"""
 INJECTED = {
     "imports": "torch.set_num_threads(1)",  # small tensors, and the cores may be busy
     "stand-in": "make_stand_in = partial(make_stand_in, 2_000, 500)",
     "style": SPY,
     "why-settings": "CLASS_COUNTS = [1_000, 30_000]",
     "race-settings": "RACE_CLASSES, RACE_SECONDS = 2_000, dict.fromkeys(RACE_SECONDS, 0.3)",
+    "experiment": TINY,
     "results": "print(json.dumps(titles))",
 }
 
@@ -79,7 +90,7 @@ def resolved(**settings):
     """A namespace after the settings, on the CPU."""
     namespace = run({}, "find-objectives", "imports", "device", "ranks", "parameters")
     namespace |= {"DEVICE": torch.device("cpu"), "PRECISION": torch.float32} | settings
-    return run(namespace, "resolve", "check-settings")
+    return run(namespace, "optimizers", "resolve", "check-settings")
 
 
 def with_few_images(folder, **settings):
@@ -151,11 +162,11 @@ def save_images(root, classes=CLASSES, n_train=60, n_test=20):
 class Run:
     """A copy of the notebook, its kernel, and what it wrote."""
 
-    def __init__(self, folder, data):
-        self.folder = folder
+    def __init__(self, folder, data, seeds):
+        self.folder, self.seeds = folder, seeds
         (folder / "objectives.py").write_bytes((ROOT / "objectives.py").read_bytes())
         notebook = copy.deepcopy(NOTEBOOK)
-        settings = {"DATA": data, "EPOCHS": EPOCHS, "WIDTH": 8, "BATCH_SIZE": 32}
+        settings = {"DATA": data, "EPOCHS": EPOCHS, "WIDTH": 8, "BATCH_SIZE": 32, "SEEDS": seeds}
         parameters = "\n".join(f"{name} = {value!r}" for name, value in settings.items())
         notebook.cells = []
         for cell in copy.deepcopy(NOTEBOOK.cells):
@@ -183,8 +194,8 @@ class Run:
         return json.loads((self.folder / "runs" / "results.json").read_text())
 
 
-def executed(folder, data):
-    run = Run(folder, data)
+def executed(folder, data, seeds):
+    run = Run(folder, data, seeds)
     with run.client.setup_kernel():
         run.execute(run.cells)
         yield run
@@ -192,13 +203,13 @@ def executed(folder, data):
 
 @pytest.fixture(scope="module")
 def stand_in_run(tmp_path_factory):
-    yield from executed(tmp_path_factory.mktemp("stand_in"), "stand-in")
+    yield from executed(tmp_path_factory.mktemp("stand_in"), "stand-in", [0, 1])
 
 
 @pytest.fixture(scope="module")
 def folder_run(tmp_path_factory):
     images = save_images(tmp_path_factory.mktemp("own") / "my images")
-    yield from executed(tmp_path_factory.mktemp("folder"), str(images))
+    yield from executed(tmp_path_factory.mktemp("folder"), str(images), [0])
 
 
 @pytest.fixture(params=["stand_in_run", "folder_run"])
@@ -251,9 +262,26 @@ def test_every_figure_and_table_names_the_data(any_run):
     titles = json.loads(any_run.cells["injected-results"].outputs[0].text)
     name = any_run.results()["data"]["name"]
     assert len(titles) == len(FIGURES)
-    of_the_images = [t for t, cell in zip(titles, FIGURES) if cell not in MADE_ON_THE_SPOT]
-    assert all(any(name in title for title in figure) for figure in of_the_images)
-    assert name in any_run.text("table").splitlines()[0]
+    for cell, figure in zip(FIGURES, titles):
+        shown = "stand-in data, not CIFAR-10" if cell == "other" else name
+        assert cell in MADE_ON_THE_SPOT or any(f"({shown})" in title for title in figure), cell
+    for cell in ["table", "evidence", "verdicts"]:
+        assert f"({name})" in any_run.text(cell).strip().splitlines()[0]
+
+
+def test_every_experiment_says_how_little_stands_behind_it(any_run):
+    """In its title and below its answer; the title tells epochs, images and seeds."""
+    titles = json.loads(any_run.cells["injected-results"].outputs[0].text)
+    experiments = any_run.results()["experiments"]
+    assert len(experiments) == len(EXPERIMENTS) > 10
+    n_images = min(200, any_run.results()["data"]["train"])
+    for cell, (name, found) in zip(EXPERIMENTS, experiments.items(), strict=True):
+        n_seeds = len({training["seed"] for training in found["trainings"]})
+        images = {"deeper": 64, "other": 200}.get(cell, n_images)
+        size = f"quick: 1 × {images} images, {n_seeds} seed{'s' * (n_seeds > 1)} ("
+        assert any(size in title for title in titles[FIGURES.index(cell)]), name
+        said = any_run.text(cell)
+        assert found["answer"] in said and f"(quick: {len(found['trainings'])} trainings, " in said
 
 
 def table_rows(text):
@@ -282,19 +310,51 @@ def test_every_method_of_the_race_is_reported(any_run):
 def test_results_hold_the_whole_run(any_run):
     results = any_run.results()
     assert list(results["objectives"]) == OBJECTIVES
-    for objective in results["objectives"].values():
-        assert {"loss", "test_accuracy"} < set(objective["history"])
-        values = np.array(list(objective["history"].values()))
-        assert values.shape[1] == EPOCHS and np.isfinite(values).all()
-        assert objective["accuracy"] == objective["history"]["test_accuracy"][-1]
-        assert objective["seconds"] > 0 and objective["images_per_second"] > 0
-    assert results["settings"].items() >= {"EPOCHS": EPOCHS, "WIDTH": 8, "N_SAMPLES": 5}.items()
+    for trainings in results["objectives"].values():
+        assert [training["seed"] for training in trainings] == any_run.seeds
+        for training in trainings:
+            assert {"loss", "test_accuracy"} < set(training["history"])
+            values = np.array(list(training["history"].values()))
+            assert values.shape[1] == EPOCHS and np.isfinite(values).all()
+            assert training["accuracy"] == training["history"]["test_accuracy"][-1]
+            assert training["seconds"] > 0 and training["images_per_second"] > 0
+            assert training["finished"] is True
+    expected = {"EPOCHS": EPOCHS, "WIDTH": 8, "N_SAMPLES": 5, "SEEDS": any_run.seeds}
+    assert results["settings"].items() >= expected.items()
     assert set(assigned(CODE["parameters"])) <= set(results["settings"])
     assert set(results["device"]) == {"type", "name", "precision"}
     assert results["versions"]["torch"] == torch.__version__
-    for name, objective in results["objectives"].items():
-        row = next(row for row in any_run.text("table").splitlines() if row.startswith(name))
-        assert f"{objective['accuracy']:.1%}" in row
+    for found in results["experiments"].values():
+        assert found["answer"] and found["trainings"]
+        for training in found["trainings"]:
+            assert training["objective"] in OBJECTIVES and type(training["value"]) is str
+            assert training["accuracy"] == training["history"]["test_accuracy"][-1]
+
+
+def spread(accuracies):
+    """Mean and, of several, one standard deviation of a sample, as a table prints them."""
+    words = f"{statistics.mean(accuracies):.1%}"
+    return f"{words} ± {statistics.stdev(accuracies):.1%}" if len(accuracies) > 1 else words
+
+
+def test_the_table_shows_mean_spread_and_worst_seed(any_run):
+    results, together = any_run.results(), 0
+    heading, _, *rows = any_run.text("table").strip().splitlines()
+    assert f"seeds {any_run.seeds}" in heading
+    for row, (name, trainings) in zip(rows, results["objectives"].items()):
+        accuracies, seconds, speeds = (
+            [training[part] for training in trainings]
+            for part in ["accuracy", "seconds", "images_per_second"]
+        )
+        together += sum(seconds)
+        assert row.split() == [
+            name,
+            *spread(accuracies).split(),
+            f"{min(accuracies):.1%}",
+            f"{statistics.mean(seconds):.1f}",
+            f"{statistics.mean(speeds):,.0f}",
+        ]
+    assert len(rows) == 6 and rows[-1].split() == ["all", "trainings", f"{together:.1f}"]
 
 
 def test_the_stand_in_says_so_and_is_learned(stand_in_run):
@@ -303,8 +363,8 @@ def test_the_stand_in_says_so_and_is_learned(stand_in_run):
     data = results["data"]
     assert "stand-in" in data["name"] and "stand-in" in stand_in_run.text("table")
     assert (data["train"], data["test"], len(data["classes"])) == (2_000, 500, 10)
-    for name in OBJECTIVES[:3]:
-        assert results["objectives"][name]["accuracy"] > 0.1 + 10 * (0.1 * 0.9 / 500) ** 0.5
+    for training in (run for name in OBJECTIVES[:3] for run in results["objectives"][name]):
+        assert training["accuracy"] > 0.1 + 10 * (0.1 * 0.9 / 500) ** 0.5
 
 
 def test_own_images_keep_their_classes_and_are_learned(folder_run):
@@ -313,8 +373,8 @@ def test_own_images_keep_their_classes_and_are_learned(folder_run):
     data = results["data"]
     assert (data["name"], data["train"], data["test"]) == ("my images", 180, 60)
     assert data["classes"] == CLASSES
-    for name in OBJECTIVES[:3]:
-        assert results["objectives"][name]["accuracy"] > 1 / 3 + 3 * (2 / 9 / 60) ** 0.5
+    for training in (run for name in OBJECTIVES[:3] for run in results["objectives"][name]):
+        assert training["accuracy"] > 1 / 3 + 3 * (2 / 9 / 60) ** 0.5
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -340,22 +400,23 @@ def test_one_section_can_be_run_again(stand_in_run, section, objective, setting,
     cell = stand_in_run.cells[f"{section}-settings"]
     cell.source, n = re.subn(rf"(?m)^{setting} = \S+", f"{setting} = {value}", cell.source)
     assert n == 1 and before["settings"][setting] != value
-    section = [name for name in CODE if name.startswith(f"{section}-")]
+    first, last = (list(CODE).index(f"{section}-{part}") for part in ["source", "plot"])
+    section = list(CODE)[first : last + 1]
     stand_in_run.execute([*section, "comparison", "table", "predictions", "results"])
     after = stand_in_run.results()
     assert after["settings"] == before["settings"] | {setting: value}
     for name in OBJECTIVES:
         same = after["objectives"][name] == before["objectives"][name]
         assert same == (name != objective)
-    assert ("baseline" in after["objectives"]["policy_gradient"]["history"]) == (
-        after["settings"]["BASELINE"]
-    )
+    assert after["experiments"] == before["experiments"]
+    for training in after["objectives"]["policy_gradient"]:
+        assert ("baseline" in training["history"]) == after["settings"]["BASELINE"]
 
 
 # Data
 
 
-@pytest.mark.parametrize("source", ["cifar100", "missing/folder", "", "no-train", "no-test"])
+@pytest.mark.parametrize("source", ["cifar-10", "missing/folder", "", "no-train", "no-test"])
 def test_a_wrong_data_setting_is_named(loaders, source):
     Path("no-train/test/cat").mkdir(parents=True)
     Path("no-test/train/cat").mkdir(parents=True)
@@ -383,45 +444,105 @@ def test_images_of_a_folder_keep_their_labels_and_colours(loaders):
 class FakeCIFAR10:
     """Images whose every pixel is their label."""
 
+    shape, n_classes = (32, 32, 3), 10
+
     def __init__(self, root, train, download, timeout=None):
         assert download and (timeout or socket.getdefaulttimeout())
-        self.targets = np.random.default_rng(train).integers(10, size=50 if train else 20).tolist()
-        self.data = np.zeros((len(self.targets), 32, 32, 3), np.uint8)
-        self.data += np.uint8(self.targets)[:, None, None, None]
-        self.classes = [f"class {c}" for c in range(10)]
+        n = (5 if train else 2) * self.n_classes
+        self.targets = np.random.default_rng(train).integers(self.n_classes, size=n).tolist()
+        self.data = np.zeros((n, *self.shape), np.uint8)
+        self.data += np.uint8(self.targets).reshape(-1, *[1] * len(self.shape))
+        self.classes = [f"class {c}" for c in range(self.n_classes)]
 
 
-def test_downloaded_images_keep_their_labels_when_shuffled(loaders, capsys):
-    loaders |= {"CIFAR10": FakeCIFAR10, "DATA": "cifar10", "DEVICE": torch.device("cpu")}
+class FakeCIFAR100(FakeCIFAR10):
+    n_classes = 100
+
+
+class FakeFashionMNIST(FakeCIFAR10):
+    """Grey, and in tensors; the labels are larger numbers in the middle than at the margin."""
+
+    shape = (28, 28)
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.data[:, 7:21, 7:21] += 100
+        self.data, self.targets = torch.from_numpy(self.data), torch.tensor(self.targets)
+
+
+FAKES = {
+    "cifar10": ("CIFAR-10", FakeCIFAR10),
+    "cifar100": ("CIFAR-100", FakeCIFAR100),
+    "fashion-mnist": ("FashionMNIST", FakeFashionMNIST),
+}
+
+
+def test_what_is_downloaded_is_what_the_names_say(loaders):
+    datasets = loaders["torchvision"].datasets
+    assert loaders["DOWNLOADS"] == {
+        "cifar10": ("CIFAR-10", datasets.CIFAR10),
+        "cifar100": ("CIFAR-100", datasets.CIFAR100),
+        "fashion-mnist": ("FashionMNIST", datasets.FashionMNIST),
+    }
+
+
+@pytest.mark.parametrize("source", FAKES)
+def test_downloaded_images_keep_their_labels_when_shuffled(loaders, capsys, source):
+    name, fake = loaders["DOWNLOADS"][source] = FAKES[source]
+    loaders |= {"DATA": source, "DEVICE": torch.device("cpu")}
     data = run(loaders, "to-device")["data"]
-    assert (data.name, data.n_classes, len(data.classes)) == ("CIFAR-10", 10, 10)
+    n = fake.n_classes
+    assert (data.name, data.n_classes, len(data.classes)) == (name, n, n)
     for train, (images, labels) in [(True, data.train), (False, data.test)]:
         assert images.dtype == torch.uint8 and labels.dtype == torch.int64
-        assert torch.equal(images, labels[:, None, None, None].expand_as(images))
-        expected = FakeCIFAR10("data", train=train, download=True, timeout=1).targets
-        assert sorted(labels.tolist()) == sorted(expected)
+        assert images.shape[1:] == (3, 32, 32)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        expected = labels[:, None, None, None].expand_as(images).clone()
+        if source == "fashion-mnist":  # two pixels of black on every side
+            expected[:, :, 9:23, 9:23] += 100
+            expected[:, :, [0, 1, 30, 31]] = expected[:, :, :, [0, 1, 30, 31]] = 0
+        assert torch.equal(images, expected.byte())
+        before = list(fake("data", train=train, download=True, timeout=1).targets)
+        assert sorted(labels.tolist()) == sorted(map(int, before)) and labels.tolist() != before
     assert "NOTICE" not in capsys.readouterr().out
     assert socket.getdefaulttimeout() is None
 
 
+@pytest.mark.parametrize("source", FAKES)
 @pytest.mark.parametrize("error", [URLError("no network"), RuntimeError("corrupt"), TimeoutError()])
-def test_without_cifar10_one_notice_and_the_stand_in(loaders, capsys, error):
+def test_without_a_download_one_notice_and_the_stand_in(loaders, capsys, error, source):
     def failing(*args, **kwargs):
         raise error
 
-    loaders["CIFAR10"] = failing
-    data = loaders["load_data"]("cifar10")
+    name, _ = loaders["DOWNLOADS"][source]
+    loaders["DOWNLOADS"][source] = name, failing
+    data = loaders["load_data"](source)
     printed = capsys.readouterr().out
-    assert printed.count("NOTICE") == 1 and str(error) in printed and "stand-in" in printed
+    assert printed.count(f"NOTICE: {name} could not be loaded") == 1 == printed.count("NOTICE")
+    assert str(error) in printed and "stand-in" in printed
     assert "stand-in" in data.name and len(data.train[0]) == 40
     assert socket.getdefaulttimeout() is None
 
 
-def test_a_cifar10_folder_is_used_without_a_download(loaders):
-    loaders["CIFAR10"] = None  # calling it would be a TypeError
-    save_images(Path("data", "cifar10"), ["cat", "dog"], 2, 1)
-    data = loaders["load_data"]("cifar10")
-    assert (data.name, data.classes, len(data.train[0])) == ("CIFAR-10", ["cat", "dog"], 4)
+@pytest.mark.parametrize("source", FAKES)
+def test_a_folder_of_a_download_is_used_without_one(loaders, source):
+    name, _ = loaders["DOWNLOADS"][source]
+    loaders["DOWNLOADS"][source] = name, None  # calling it would be a TypeError
+    save_images(Path("data", source), ["cat", "dog"], 2, 1)
+    data = loaders["load_data"](source)
+    assert (data.name, data.classes, len(data.train[0])) == (name, ["cat", "dog"], 4)
+
+
+def test_images_of_one_colour_are_not_divided_by_zero(loaders):
+    """Their pixels have no spread, so the mean is all that is taken away."""
+    loaders |= {"DEVICE": torch.device("cpu")}
+    pixels = np.full((20, 32, 32, 3), 7, np.uint8), np.zeros(20)
+    data = SimpleNamespace(train=loaders["to_device"](*pixels))
+    assert loaders["mean_and_std"](data) == (7, 1)
+    data.train[0][0, 0, 0, 0] = 200
+    values = data.train[0].double().numpy()
+    expected = values.mean(), values.std(ddof=1)
+    assert loaders["mean_and_std"](data) == pytest.approx(expected, rel=1e-5)
 
 
 # The stand-in
@@ -538,19 +659,35 @@ def test_a_cancelled_upload_says_what_to_do(find):
     [
         *[("EPOCHS", -1), ("EPOCHS", 2.5), ("EPOCHS", "a"), ("WIDTH", "a"), ("BATCH_SIZE", -64)],
         *[("OPTIMIZER", "foo"), ("LEARNING_RATE", -1), ("LEARNING_RATE", float("nan"))],
-        ("LEARNING_RATE", "a"),
+        *[("LEARNING_RATE", "a"), ("SEEDS", []), ("SEEDS", [0, 0]), ("SEEDS", [-1]), ("SEEDS", 0)],
+        *[("SEEDS", "a"), ("SEEDS", [1.5]), ("SEEDS", [0, True]), ("SEEDS", (0,)), ("SEEDS", None)],
+        *[("EXPERIMENTS", "fast"), ("EXPERIMENTS", True), ("EXPERIMENTS", None)],
     ],
 )
 def test_a_wrong_setting_is_named(name, value):
-    with pytest.raises(ValueError, match=f"{name} must .*{value!r}"):
+    with pytest.raises(ValueError, match=f"^{name} must be .*, got {re.escape(repr(value))}$"):
         resolved(**{name: value})
+
+
+def test_the_first_seed_is_that_of_whatever_is_done_once():
+    assert resolved(SEEDS=[3, 0])["SEED"] == 3
+
+
+@pytest.mark.parametrize("optimizer", ["Muon", "AdamW"])
+def test_an_optimizer_that_this_torch_lacks_is_refused_by_name(monkeypatch, optimizer):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    if optimizer == "AdamW":
+        assert "Muon" not in resolved(OPTIMIZER=optimizer)["OPTIMIZERS"]
+    else:
+        with pytest.raises(ValueError, match="^OPTIMIZER must be one of AdamW, .*, got 'Muon'$"):
+            resolved(OPTIMIZER=optimizer)
 
 
 def test_the_parameters_cell_is_tagged_and_complete():
     tagged = [n for n, cell in CELLS.items() if "parameters" in cell.metadata.get("tags", [])]
     assert tagged == ["parameters"]
-    needed = {"DATA", "EPOCHS", "BATCH_SIZE", "LEARNING_RATE", "OPTIMIZER", "WIDTH", "SEED"}
-    assert needed <= set(assigned(CODE["parameters"]))
+    needed = {"DATA", "EPOCHS", "BATCH_SIZE", "LEARNING_RATE", "OPTIMIZER", "WIDTH", "SEEDS"}
+    assert needed | {"EXPERIMENTS"} <= set(assigned(CODE["parameters"]))
 
 
 FORMS = [name for name, source in CODE.items() if source.startswith("# @title Settings")]
@@ -574,8 +711,8 @@ def test_settings_are_form_fields_whose_defaults_lie_in_their_bounds(name):
 @pytest.mark.parametrize("objective, extra", [("supervised", 0), ("sampled", 0), ("reinforced", 1)])
 def test_training_depends_on_the_seed_alone(notebook, objective, extra):
     def history(seed):
-        notebook["SEED"] = seed
-        return notebook["train"]("", notebook[objective], 10 + extra).history
+        with notebook["settings"](SEED=seed):
+            return notebook["train"]("", notebook[objective], 10 + extra).history
 
     assert history(0) == history(0) != history(1)
 
@@ -650,7 +787,132 @@ def test_responses_of_the_whitening_filters_are_white(notebook):
 def test_training_leaves_the_whitening_filters_alone(notebook):
     before = notebook["STEM"].clone()
     model = notebook["train"]("", notebook["supervised"], 10).model
-    assert torch.equal(model.body[0].weight, before) and torch.equal(notebook["STEM"], before)
+    half = before[: notebook["WIDTH"] // 2]
+    assert torch.equal(model.body[0].weight, torch.cat([half, -half]))
+    assert torch.equal(notebook["STEM"], before)
+
+
+def test_a_network_has_the_filters_of_its_width_whatever_the_setting(notebook, tmp_path):
+    """The first WIDTH / 2 components and their negatives, of 48 that patches of 4 x 4 have."""
+    images = notebook["prepare"](notebook["data"].train[0][:2000])
+    stems = {}
+    for width in [8, 32, 128]:
+        names = run(with_few_images(tmp_path, WIDTH=width), *BEFORE_PROBE)
+        stems[width] = names["SmallCNN"](10, width).body[0].weight
+        torch.testing.assert_close(
+            stems[width], notebook["whitening_filters"](images, min(width, 96)), rtol=0, atol=0
+        )
+        assert not stems[width].requires_grad
+    for width, stem in stems.items():
+        for namespace in [notebook, names]:
+            assert torch.equal(namespace["SmallCNN"](10, width).body[0].weight, stem)
+
+
+# Settings for a while
+
+
+def test_settings_hold_inside_the_block_and_no_longer(notebook):
+    before = dict(notebook)
+    with notebook["settings"](EPOCHS=7, N_IMAGES=5, data="other"):
+        assert (notebook["EPOCHS"], notebook["N_IMAGES"], notebook["data"]) == (7, 5, "other")
+        with notebook["settings"](EPOCHS=8):
+            assert notebook["EPOCHS"] == 8
+        assert notebook["EPOCHS"] == 7
+    assert notebook == before
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_settings_are_restored_after_an_error(notebook, error):
+    before = dict(notebook)
+    with pytest.raises(error), notebook["settings"](EPOCHS=7, WIDTH=1):
+        raise error
+    assert notebook == before
+
+
+def test_an_unknown_setting_is_named_and_none_is_set(notebook):
+    before = dict(notebook)
+    with pytest.raises(NameError, match="^there is no setting called EPOCH, WITH$"):
+        with notebook["settings"](WITH=1, EPOCHS=7, EPOCH=1):
+            pytest.fail("the block ran")
+    assert notebook == before
+
+
+@pytest.mark.parametrize("n_images, n_test", [(100, 50), (None, 1), (400, 100)])
+def test_training_takes_the_first_images_and_tests_on_the_first(notebook, n_images, n_test):
+    """Others do not matter: their labels can be anything, and every batch is of the first."""
+    seen = []
+
+    def spying(model, images, labels):
+        seen.append(labels)
+        return notebook["supervised"](model, images, labels)
+
+    notebook |= {"N_IMAGES": n_images, "N_TEST": n_test, "EPOCHS": 1}
+    trained = notebook["train"]("", spying, 10)
+    data = notebook["data"]
+    expected = data.train[1][:n_images]
+    assert torch.equal(torch.cat(seen).sort().values, expected.sort().values)
+    right = notebook["classify"](trained.model, data.test[0]) == data.test[1]
+    assert trained.accuracy == pytest.approx(right[:n_test].float().mean().item())
+    assert trained.images_per_second == pytest.approx(len(expected) / trained.seconds)
+
+
+# Muon
+
+
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch 2.9 has Muon")
+
+
+@needs_muon
+def test_a_step_of_muon_is_that_of_torch_on_the_matrices_and_of_adamw_on_the_rest(notebook):
+    """One row for each output channel; the step size may change from step to step."""
+    torch.manual_seed(0)
+    model = notebook["SmallCNN"](10, 8).to(memory_format=torch.channels_last)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    ours = notebook["OPTIMIZERS"]["Muon"](learned, lr=0.01)
+    as_matrix = lambda t: t.permute(0, 2, 3, 1).flatten(1).clone()  # noqa: E731
+    twins = [
+        torch.nn.Parameter(as_matrix(p.detach()) if p.ndim == 4 else p.detach().clone())
+        for p in learned
+    ]
+    kernels = [p for p in learned if p.ndim == 4]
+    assert len(kernels) == 3 and len(learned) > 8
+    matrices = [twin for p, twin in zip(learned, twins) if p.ndim == 4]
+    rest = [twin for p, twin in zip(learned, twins) if p.ndim != 4]
+    options = {"lr": 0.01, "weight_decay": 0.05}
+    references = [
+        torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options),
+        torch.optim.AdamW(rest, **options),
+    ]
+    for rate in [0.01, 0.03, 0.002]:
+        for p, twin in zip(learned, twins):
+            p.grad = torch.randn_like(p)
+            twin.grad = as_matrix(p.grad) if p.ndim == 4 else p.grad.clone()
+        before = [p.detach().clone() for p in learned]
+        ours.param_groups[0]["lr"] = rate
+        ours.step()
+        for reference in references:
+            reference.param_groups[0]["lr"] = rate
+            reference.step()
+        for p, twin, old in zip(learned, twins, before):
+            torch.testing.assert_close(as_matrix(p) if p.ndim == 4 else p, twin)
+            assert not torch.equal(p, old)
+        for kernel, matrix in zip(kernels, ours.matrices, strict=True):
+            assert matrix.data_ptr() == kernel.data_ptr()
+            assert torch.equal(matrix, as_matrix(kernel))
+
+
+@needs_muon
+@pytest.mark.parametrize("network", ["SmallCNN", "ResNet18"])
+def test_networks_are_trained_with_muon(notebook, network):
+    """Every learned parameter moves, and the loss of the second epoch is below the first's."""
+    notebook |= {"OPTIMIZER": "Muon", "N_IMAGES": 128, "N_TEST": 20, "STEM_STRIDE": 4}
+    notebook["NETWORK"] = run(notebook, "resnet")[network]
+    torch.manual_seed(notebook["SEED"])
+    first = dict(notebook["NETWORK"](10, 8).named_parameters())
+    trained = notebook["train"]("", notebook["supervised"], 10)
+    for name, p in trained.model.named_parameters():
+        assert p.isfinite().all() and torch.equal(p, first[name]) != p.requires_grad, name
+    assert trained.history["loss"][1] < trained.history["loss"][0]
 
 
 # The committed file
@@ -673,12 +935,21 @@ def test_the_committed_run_holds_every_figure():
     assert [name for name in FIGURES if not list(figures(CELLS[name]))] == []
 
 
+def test_every_figure_has_an_alternative_text_in_the_exported_page():
+    """nbconvert takes it from the cell."""
+    texts = {name: cell.metadata.get("alt", "") for name, cell in CELLS.items()}
+    assert [name for name, text in texts.items() if text] == FIGURES
+    assert all(len(texts[name].split()) > 5 and texts[name].endswith(".") for name in FIGURES)
+
+
 def test_the_committed_run_is_clean():
     outputs = [output for name in CODE for output in CELLS[name].outputs]
     kinds = {kind for output in outputs for kind in output.get("data", {})}
     assert outputs and "error" not in {output.output_type for output in outputs}
     assert not any("widget" in kind for kind in kinds) and "widgets" not in NOTEBOOK.metadata
-    assert not re.search("Warning|NOTICE|stand-in data", "\n".join(texts(CELLS.values())))
+    assert not re.search("Warning|NOTICE", "\n".join(texts(CELLS.values())))
+    elsewhere = [cell for name, cell in CELLS.items() if name != "other"]  # the tenth experiment
+    assert "stand-in data" not in "\n".join(texts(elsewhere))
 
 
 def test_the_committed_file_is_small_and_names_no_machine_path():

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
+from matplotlib.collections import PolyCollection
 from test_notebook import (
     AFTER_PROBE,
     BEFORE_PROBE,
@@ -28,7 +31,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import objectives
 
-SUPERVISED = CODE["probe"].split("half_trained")[0]  # the objective, without the training
+SUPERVISED = CODE["probe"].split("with settings")[0]  # the objective, without the training
+TRAININGS = ["softmax-train", "teacher-settings", "teacher-objective", "teacher-train"]
+TRAININGS += ["sampled-train", "policy-train"]
 
 
 def prepared(folder, **settings):
@@ -40,13 +45,7 @@ def prepared(folder, **settings):
 
 def train_all(names):
     """What the cells of the notebook train, with the student after its teacher."""
-    load, runs = names["train_or_load"], names["runs"]
-    runs["softmax_cross_entropy"] = load("softmax_cross_entropy", names["supervised"], 10)
-    run(names, "teacher-settings", "teacher-objective")
-    runs["teacher_student"] = load("teacher_student", names["distilled"], 10)
-    runs["sampled_softmax"] = load("sampled_softmax", names["sampled"], 10)
-    runs["policy_gradient"] = load("policy_gradient", names["reinforced"], 11)
-    return runs
+    return run(names, *TRAININGS)["runs"]
 
 
 def same(run, other):
@@ -56,6 +55,10 @@ def same(run, other):
     return numbers == other_numbers and all(
         torch.equal(weights[k], other_weights[k]) for k in {**weights, **other_weights}
     )
+
+
+def saved_files(names, *folder):
+    return sorted(Path(names["RUNS"], *folder).glob("*.pt"))
 
 
 @pytest.fixture
@@ -84,7 +87,8 @@ def test_a_finished_training_is_loaded_bit_for_bit(softmax, saved, capsys):
     written = path.stat().st_mtime_ns
     assert same(first, softmax())
     said = capsys.readouterr().out
-    assert said == f"softmax was loaded from {path}: test accuracy {first.accuracy:.1%}\n"
+    accuracy = f"test accuracy {first.accuracy:.1%}"
+    assert said == f"softmax, seed 0, was loaded from {path}: {accuracy}\n"
     assert path.stat().st_mtime_ns == written
 
 
@@ -131,6 +135,18 @@ def change_loop(names, monkeypatch):
     execute(names, "train", CODE["train"].replace("warm_up=0.15", "warm_up=0.3"))
 
 
+def change_test(names, monkeypatch):
+    execute(names, "predict", CODE["predict"].replace("/ len(views)", "/ 2"))
+
+
+def change_network(names, monkeypatch):
+    names["NETWORK"] = run(names, "plain-network")["PlainCNN"]
+
+
+def change_layers(names, monkeypatch):
+    execute(names, "network", CODE["network"].replace("nn.GELU()]", "nn.ReLU()]"))
+
+
 def setting(name, value):
     return lambda names, monkeypatch: names.update({name: value})
 
@@ -145,12 +161,17 @@ def setting(name, value):
         ("WIDTH", setting("WIDTH", 10)),
         ("FLIP", setting("FLIP", False)),
         ("SEED", setting("SEED", 1)),
+        ("N_IMAGES", setting("N_IMAGES", 300)),
+        ("N_TEST", setting("N_TEST", 50)),
+        ("NETWORK", change_network),
+        ("convolution", change_layers),
         ("PRECISION", setting("PRECISION", torch.bfloat16)),
         ("torch", change_version),
         ("images", change_images),
         ("objectives.py", change_objectives),
         ("objective", change_objective),
         ("learning_rate_at", change_loop),
+        ("predict", change_test),
     ],
 )
 def test_what_differs_is_named_and_trained_anew(
@@ -161,6 +182,27 @@ def test_what_differs_is_named_and_trained_anew(
     said = capsys.readouterr().out
     assert f"softmax is trained anew, since this differs from {saved[1]}: {what} (saved: " in said
     assert "was loaded" not in said and len(list(saved[1].parent.iterdir())) == 2
+    softmax()
+    assert "was loaded" in capsys.readouterr().out
+
+
+@pytest.mark.skipif("Muon" not in dir(torch.optim), reason="PyTorch 2.9 brought Muon")
+def test_the_code_of_an_optimizer_of_the_notebook_counts(names, softmax, capsys):
+    """Also once it is in use, when torch has wrapped its step."""
+    names["OPTIMIZER"] = "Muon"
+    softmax()
+    softmax()
+    said = capsys.readouterr().out
+    assert "anew" not in said and said.count("was loaded") == 1
+    execute(names, "optimizers", CODE["optimizers"].replace("match_rms_adamw", "original"))
+    softmax()
+    said = capsys.readouterr().out
+    assert "Muon (saved: " in said and "was loaded" not in said
+
+
+def test_the_last_digits_of_the_pixels_mean_do_not_count(names, softmax, saved, capsys):
+    """They depend on the number of threads that summed the pixels."""
+    names["PIXEL_MEAN"] *= 1 + 1e-7
     softmax()
     assert "was loaded" in capsys.readouterr().out
 
@@ -177,7 +219,7 @@ def test_a_student_of_another_teacher_is_trained_anew(names, capsys):
     train_all(names)
     train_all(names)
     assert capsys.readouterr().out.count("was loaded") == 4
-    teacher = names["runs"]["softmax_cross_entropy"].model
+    teacher = names["runs"]["softmax_cross_entropy"][0].model
     with torch.no_grad():
         teacher.head.bias[0] += 1
     names["train_or_load"]("teacher_student", names["distilled"], 10)
@@ -214,6 +256,247 @@ def test_a_half_written_file_is_never_found(names, softmax, monkeypatch, capsys)
     assert [path.suffix for path in Path(names["RUNS"]).iterdir()] == [".pt"]
 
 
+# Several seeds
+
+
+def test_each_seed_gives_what_it_gives_alone(tmp_path):
+    """Bit for bit, the student too: it had the teacher of its own seed."""
+    with one_thread():
+        names = prepared(tmp_path / "together", SEEDS=[3, 0])
+        together = train_all(names)
+        alone = [train_all(prepared(tmp_path / f"{s}", SEEDS=[s])) for s in [3, 0]]
+        assert {name: len(finished) for name, finished in together.items()} == {
+            "softmax_cross_entropy": 2,
+            "teacher_student": 2,
+            "sampled_softmax": 2,
+            "policy_gradient": 2,
+        }
+        for name, finished in together.items():
+            assert not same(*finished)
+            for ours, others in zip(finished, alone, strict=True):
+                assert same(ours, *others[name])
+        assert names["SEED"] == 3 and names["teacher"] is together["softmax_cross_entropy"][0].model
+        with names["settings"](SEED=0):
+            swapped = names["train"]("", names["distilled"], 10)
+    assert not same(swapped, together["teacher_student"][1])
+
+
+def test_each_seed_is_saved_and_found_again(names, capsys):
+    names["SEEDS"] = [0, 1, 5]
+    first = run(names, "softmax-train")["runs"]["softmax_cross_entropy"]
+    files = {torch.load(p, weights_only=True)["identity"]["SEED"]: p for p in saved_files(names)}
+    assert sorted(files) == ["0", "1", "5"]
+    names["SEEDS"] = [5, 0]
+    capsys.readouterr()
+    again = run(names, "softmax-train")["runs"]["softmax_cross_entropy"]
+    assert same(again[0], first[2]) and same(again[1], first[0]) and len(again) == 2
+    assert capsys.readouterr().out.splitlines() == [
+        f"softmax_cross_entropy, seed {seed}, was loaded from {files[str(seed)]}: "
+        f"test accuracy {found.accuracy:.1%}"
+        for seed, found in zip([5, 0], again)
+    ]
+
+
+def test_a_student_beyond_the_last_teacher_has_one_of_the_others(names):
+    """When the second seed of the teacher was stopped, its student takes the first's."""
+    run(names, "softmax-train", "teacher-settings", "teacher-objective")
+    names["SEEDS"] = [0, 1]
+    students = run(names, "teacher-train")["runs"]["teacher_student"]
+    with names["settings"](SEED=1):
+        expected = names["train"]("", names["distilled"], 10)
+    assert len(students) == 2 and same(students[1], expected)
+
+
+@pytest.fixture
+def interrupted(names, monkeypatch):
+    """Execute a cell, which is interrupted after so many steps; no code that is saved differs."""
+
+    def interrupted(cell, after):
+        update, steps = names["tqdm"].update, iter(range(1, 10**6))
+
+        def updating(bar, n=1):
+            if next(steps) == after:
+                raise KeyboardInterrupt
+            return update(bar, n)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(names["tqdm"], "update", updating)
+            run(names, cell)
+
+    return interrupted
+
+
+@pytest.mark.parametrize("finished", [0, 1, 2])
+def test_an_interrupt_keeps_the_seeds_that_are_finished(names, interrupted, capsys, finished):
+    """The seed that was stopped counts only if it is all there is; started again, it goes on."""
+    names["SEEDS"] = [0, 1, 2]
+    complete = run(names, "softmax-train")["runs"]["softmax_cross_entropy"]
+    for path in saved_files(names):
+        path.unlink()
+    capsys.readouterr()
+    interrupted("softmax-train", 14 * finished + 10)  # of 14 steps in two epochs
+    stopped = names["runs"]["softmax_cross_entropy"]
+    said, kept = capsys.readouterr().out, max(finished, 1)
+    assert "STOPPED: softmax_cross_entropy was interrupted. Epochs kept: 1." in said
+    assert f"softmax_cross_entropy: trained with {kept} of 3 seeds\n" in said
+    assert [r.finished for r in stopped] == ([True] * finished or [False])
+    assert all(same(a, b) for a, b in zip(stopped, complete[:finished]))
+    assert len(saved_files(names)) == finished
+    names["plot_run"]("softmax_cross_entropy", fraction=["accuracy"], nats=["loss"])
+    plt.close("all")
+    assert names["SEED"] == 0
+    again = run(names, "softmax-train")["runs"]["softmax_cross_entropy"]
+    assert all(same(a, b) for a, b in zip(again, complete, strict=True))
+    assert capsys.readouterr().out.count("was loaded") == finished
+
+
+def test_an_interrupt_in_the_first_epoch_of_a_later_seed_keeps_the_earlier(
+    names, interrupted, capsys
+):
+    names["SEEDS"] = [0, 1]
+    interrupted("softmax-train", 17)
+    (kept,) = names["runs"]["softmax_cross_entropy"]
+    assert names["SEED"] == 0 and kept.finished and len(saved_files(names)) == 1
+    assert "softmax_cross_entropy: trained with 1 of 2 seeds" in capsys.readouterr().out
+    run(names, "softmax-train")
+    assert capsys.readouterr().out.count("softmax_cross_entropy, seed 0, was loaded") == 1
+    assert len(names["runs"]["softmax_cross_entropy"]) == 2
+
+
+def curves(*histories):
+    return [SimpleNamespace(history={"loss": history}) for history in histories]
+
+
+@pytest.fixture
+def ax():
+    fig, ax = plt.subplots()
+    yield ax
+    plt.close(fig)
+
+
+@pytest.mark.parametrize("n", [2, 3, 7])
+def test_a_curve_is_the_mean_and_a_band_of_one_standard_deviation(names, ax, n):
+    values = np.random.default_rng(n).normal(size=(n, 4))
+    names["plot_curve"](ax, curves(*values.tolist()), "loss", color="#D55E00", label="a")
+    (line,), (band,) = ax.lines, ax.collections
+    np.testing.assert_array_equal(line.get_xdata(), [1, 2, 3, 4])
+    np.testing.assert_allclose(line.get_ydata(), values.mean(0))
+    assert isinstance(band, PolyCollection) and line.get_label() == "a"
+    corners = np.concatenate([path.vertices for path in band.get_paths()])
+    assert set(corners[:, 0]) == {1, 2, 3, 4}
+    for epoch, mean, deviation in zip([1, 2, 3, 4], values.mean(0), values.std(0, ddof=1)):
+        heights = np.unique(corners[corners[:, 0] == epoch, 1].round(12))
+        np.testing.assert_allclose(heights, [mean - deviation, mean + deviation], atol=1e-9)
+    np.testing.assert_array_equal(
+        band.get_facecolor()[0, :3], plt.matplotlib.colors.to_rgb("#D55E00")
+    )
+
+
+def test_a_curve_of_one_seed_has_no_band(names, ax):
+    names["plot_curve"](ax, curves([3.0, 1.0]), "loss")
+    (line,) = ax.lines
+    assert line.get_xydata().tolist() == [[1, 3], [2, 1]] and len(ax.collections) == 0
+
+
+@pytest.mark.parametrize(
+    "accuracies, words",
+    [
+        ([0.5], "50.0%"),
+        ([1.0], "100.0%"),
+        ([0.5, 0.6], "55.0% ± 7.1%"),
+        ([0.7123, 0.7123, 0.7123], "71.2% ± 0.0%"),
+        ([0.2, 0.4, 0.9], "50.0% ± 36.1%"),
+    ],
+)
+def test_accuracies_are_printed_as_mean_and_sample_standard_deviation(names, accuracies, words):
+    assert names["percent"](accuracies) == words
+
+
+# As part of an experiment: with a bar of several trainings
+
+
+@pytest.fixture
+def bar(names):
+    """The bar of two trainings; they have 14 steps each."""
+    with names["progress_bar"](28, "two trainings") as bar:
+        yield bar
+
+
+@pytest.fixture
+def part(names, bar):
+    """Train or load with softmax cross entropy, as part of an experiment."""
+    return lambda: names["train_or_load"]("softmax", names["supervised"], 10, bar)
+
+
+def test_with_a_bar_it_trains_the_same_network(names, softmax, bar):
+    with_bar = names["train"]("softmax", names["supervised"], 10, bar)
+    assert bar.n == 14 and same(softmax(), with_bar)
+
+
+@pytest.mark.parametrize(
+    "step, error, expected",
+    [(3, "interrupt", KeyboardInterrupt), (10, "interrupt", KeyboardInterrupt)]
+    + [(3, "not_a_number", FloatingPointError), (10, "not_a_number", FloatingPointError)],
+)
+def test_with_a_bar_errors_pass_through_and_nothing_is_kept(
+    names, part, capsys, step, error, expected
+):
+    stop_at(names, step, globals()[error])
+    with pytest.raises(expected):
+        part()
+    assert "STOPPED" not in capsys.readouterr().out and not Path(names["RUNS"]).exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_this_session_finished_for_an_experiment_is_not_trained_again(
+    names, part, bar, capsys, resume
+):
+    names["RESUME"] = resume
+    first = part()
+    (path,) = saved_files(names, "experiments")
+    assert saved_files(names) == [] and bar.n == 14
+    written = path.stat().st_mtime_ns
+    capsys.readouterr()
+    again = part()
+    assert same(first, again) and vars(first).keys() == vars(again).keys()
+    assert bar.n == 28 and path.stat().st_mtime_ns == written
+    assert not re.search("loaded|anew|differs", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_an_earlier_session_finished_is_used_with_resume_only(names, part, resume):
+    first = part()
+    (path,) = saved_files(names, "experiments")
+    written = path.stat().st_mtime_ns
+    names["RESUME"] = resume
+    names["finished_files"].clear()
+    assert same(first, part())
+    assert (path.stat().st_mtime_ns == written) == resume
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_experiment_finds_the_trainings_of_the_sections(names, softmax, part, resume):
+    """They are in RUNS itself, and no second file is written."""
+    names["RESUME"] = resume
+    first = softmax()
+    (path,) = saved_files(names)
+    written = path.stat().st_mtime_ns
+    assert same(first, part())
+    assert saved_files(names) == [path] and saved_files(names, "experiments") == []
+    assert path.stat().st_mtime_ns == written
+
+
+def test_an_experiment_with_another_setting_trains_without_a_word(names, softmax, part, capsys):
+    """Every training of an experiment differs from the others; nobody wants to read how."""
+    softmax()
+    capsys.readouterr()
+    for n in [1, 2]:
+        names["LEARNING_RATE"] /= 2
+        part()
+        assert len(saved_files(names, "experiments")) == n and len(saved_files(names)) == 1
+    assert not re.search("loaded|anew|differs", capsys.readouterr().out)
+
+
 # A training that does not finish
 
 
@@ -248,7 +531,7 @@ def test_an_interrupted_training_keeps_its_epochs_and_is_not_saved(names, softma
     assert "STOPPED: softmax was interrupted. Epochs kept: 1." in capsys.readouterr().out
     assert stopped.history == {k: v[:1] for k, v in complete.items()} and not stopped.finished
     assert list(Path(names["RUNS"]).iterdir()) == []
-    names["runs"]["softmax_cross_entropy"] = stopped
+    names["runs"]["softmax_cross_entropy"] = [stopped]
     names["plot_run"]("softmax_cross_entropy", fraction=["accuracy"], nats=["loss"])
     plt.close("all")
 
