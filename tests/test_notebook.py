@@ -935,13 +935,6 @@ def test_the_committed_run_holds_every_figure():
     assert [name for name in FIGURES if not list(figures(CELLS[name]))] == []
 
 
-def test_every_figure_has_an_alternative_text_in_the_exported_page():
-    """nbconvert takes it from the cell."""
-    texts = {name: cell.metadata.get("alt", "") for name, cell in CELLS.items()}
-    assert [name for name, text in texts.items() if text] == FIGURES
-    assert all(len(texts[name].split()) > 5 and texts[name].endswith(".") for name in FIGURES)
-
-
 def test_the_committed_run_is_clean():
     outputs = [output for name in CODE for output in CELLS[name].outputs]
     kinds = {kind for output in outputs for kind in output.get("data", {})}
