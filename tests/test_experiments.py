@@ -16,12 +16,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from test_notebook import CODE, execute, one_thread, run, save_images
+from test_notebook import (
+    BEFORE_PROBE,
+    CODE,
+    execute,
+    one_thread,
+    run,
+    save_images,
+    with_few_images,
+)
+from test_runs import same
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-ORDER = list(CODE)
-SET_UP = ORDER[ORDER.index("optimizers") : ORDER.index("probe")]
 SETTINGS = [f"{part}-{kind}" for part in ["teacher", "sampled", "value", "policy"]
             for kind in ["settings", "objective"]]  # fmt: skip
 HELPERS = ["sweep", "train-one", "keep-trainings", "experiment", "heading", "compare", "plot-sweep"]
@@ -91,14 +98,7 @@ def definitions(namespace, *cells):
 def prepared(folder, **changes):
     """A namespace that has trained all five objectives and defined all helpers and experiments."""
     show = plt.show
-    names = run({}, "find-objectives", "imports", "device", "ranks", "parameters")
-    names |= {"DEVICE": torch.device("cpu"), "PRECISION": torch.float32, "RUNS": str(folder)}
-    names |= {"DATA": "stand-in", "EPOCHS": 2, "WIDTH": 8, "BATCH_SIZE": 64} | changes
-    for name in SET_UP:
-        if name != "show-images":
-            run(names, name)
-        if name == "stand-in":
-            names["make_stand_in"] = names["partial"](names["make_stand_in"], 400, 100)
+    names = run(with_few_images(folder, **changes), *BEFORE_PROBE)
     definitions(names, "probe")
     names["runs"][SOFTMAX] = names["train_seeds"](SOFTMAX, names["supervised"], 10)
     run(names, *SETTINGS, *HELPERS)
@@ -171,19 +171,9 @@ def bars(names):
     return made
 
 
-def equal(one, other):
-    """Two trainings have the same bits in all that does not depend on the clock."""
-    weights, others = one.model.state_dict(), other.model.state_dict()
-    return (
-        (one.history, one.accuracy, one.finished) == (other.history, other.accuracy, other.finished)
-        and weights.keys() == others.keys()
-        and all(torch.equal(weights[key], others[key]) for key in weights)
-    )
-
-
 def equal_sweeps(one, other):
     return one.keys() == other.keys() and all(
-        len(one[key]) == len(other[key]) and all(map(equal, one[key], other[key])) for key in one
+        len(one[key]) == len(other[key]) and all(map(same, one[key], other[key])) for key in one
     )
 
 
@@ -250,7 +240,7 @@ def test_a_sweep_trains_what_settings_by_hand_give(names):
             names["SEED"] = seed
             with redirect_stdout(io.StringIO()):
                 by_hand = names["train"](objective, names[function], n_outputs)
-            assert equal(found_run, by_hand), (objective, rate, width, seed)
+            assert same(found_run, by_hand), (objective, rate, width, seed)
 
 
 @pytest.mark.parametrize(
@@ -271,12 +261,12 @@ def test_the_value_of_an_objectives_own_setting_reaches_its_training(
     small(names, SEEDS=[2])
     found = names["sweep"](objective, setting, values)
     (first,), (second,) = found.values()
-    assert list(found) == [(objective, value) for value in values] and not equal(first, second)
+    assert list(found) == [(objective, value) for value in values] and not same(first, second)
     names |= {setting: values[0], "SEED": 2}
     function, n_outputs = OUTPUTS[objective]
     with redirect_stdout(io.StringIO()):
         by_hand = names["train"]("", names[function], n_outputs - (setting == "BASELINE"))
-    assert equal(first, by_hand)
+    assert same(first, by_hand)
 
 
 def test_unknown_objectives_are_named(names, steps):
@@ -309,7 +299,7 @@ def test_a_default_value_shares_the_training_of_the_main_section(names, steps):
         (main,) = names["train_seeds"](VALUE, names["valued"], 10)
     assert steps.n == 3
     found = names["sweep"](VALUE, "EPSILON", [0.2, 0.7])
-    assert steps.n == 6 and equal(found[VALUE, 0.2][0], main)
+    assert steps.n == 6 and same(found[VALUE, 0.2][0], main)
     folder = Path(names["RUNS"])
     assert len(list(folder.glob("*.pt"))) == len(list(folder.glob("experiments/*.pt"))) == 1
 
@@ -686,7 +676,7 @@ def test_networks_can_be_swept(names):
     for (_, network), (trained,) in found.items():
         assert type(trained.model) is network and trained.finished
     again = names["sweep"](SAMPLED, "NETWORK", networks)
-    assert all(equal(again[key][0], found[key][0]) for key in again)
+    assert all(same(again[key][0], found[key][0]) for key in again)
 
 
 # One experiment
