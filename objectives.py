@@ -12,6 +12,9 @@ action, and never see a label.
     value_function(logits, reward, *, epsilon, consistent, generator)
     policy_gradient(logits, reward, baseline, *, entropy_weight, generator)
 
+Beside them, reward_if_correct makes a bandit of labelled data, and LogUniform and
+ClassFrequencies are noise for sampled_softmax.
+
 Each returns ``(loss, metrics)``. ``loss`` is a scalar tensor, the mean over the batch,
 ready for ``.backward()``; the mean of an empty batch is 0. ``metrics`` is a dict of
 detached scalar tensors that stay on the device until you read them.
@@ -42,7 +45,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from numbers import Real
 from typing import Protocol
@@ -64,6 +67,7 @@ __all__ = [
 
 Metrics = dict[str, Tensor]
 Reward = Callable[[Tensor], Tensor]
+Sizes = Sequence[int | None]  # of a tensor's dimensions; None may be any
 
 
 class Noise(Protocol):
@@ -232,12 +236,14 @@ def sampled_softmax(
     ids, log_q, log_not_label = _draw(noise, n_samples, labels, n_classes, generator)
 
     dtype = torch.promote_types(embeddings.dtype, torch.promote_types(weight.dtype, torch.float32))
-    w_label, w_noise = F.embedding(ids, weight, sparse=sparse).to(dtype).split([n, n_samples])
+    w_label, w_noise = (
+        F.embedding(ids, weight, sparse=sparse).to(dtype).split_with_sizes([n, n_samples])
+    )
     if bias is None:
         b = torch.zeros(len(ids), dtype=dtype, device=ids.device)
     else:
         b = _scores(bias.gather(0, ids, sparse_grad=sparse)).to(dtype)
-    b_label, b_noise = b.split([n, n_samples])
+    b_label, b_noise = b.split_with_sizes([n, n_samples])
     # The meta device has no autocast.
     with nullcontext() if ids.is_meta else torch.autocast(ids.device.type, enabled=False):
         e = embeddings.to(dtype)
@@ -281,10 +287,11 @@ def _draw(
         over = getattr(noise, "n_classes", n_classes)
     if over != n_classes:
         raise ValueError(f"noise must be over the C={n_classes} classes of weight, got {over}")
+    sample: Callable[..., Tensor] = noise.sample
     if generator is None:
-        drawn = noise.sample((n_samples,))
-    elif "generator" in inspect.signature(noise.sample).parameters:
-        drawn = noise.sample((n_samples,), generator=generator)
+        drawn = sample((n_samples,))
+    elif "generator" in inspect.signature(sample).parameters:
+        drawn = sample((n_samples,), generator=generator)
     else:
         raise ValueError(
             f"generator must be None with noise of type {type(noise).__name__}, "
@@ -297,7 +304,7 @@ def _draw(
     log_q = noise.log_prob(ids)
     _check_float("noise.log_prob(ids)", log_q, ("N + n_samples",), ids.shape)
     _check_device("noise.log_prob(ids)", log_q, "labels", labels)
-    log_q_label, log_q_noise = log_q.split([len(labels), n_samples])
+    log_q_label, log_q_noise = log_q.split_with_sizes([len(labels), n_samples])
     tiny = torch.finfo(log_q.dtype).tiny  # where q_t is 1, everything was rejected
     return ids, log_q_noise, (1 - log_q_label.exp()).clamp(min=tiny).log()
 
@@ -621,11 +628,13 @@ def _extremes(tensor: Tensor) -> tuple[float, float]:
     return 0, 0
 
 
-def _check_tensor(name: str, value: Tensor, dims: tuple[str, ...], sizes=None) -> None:
+def _check_tensor(
+    name: str, value: Tensor, dims: tuple[str, ...], sizes: Sizes | None = None
+) -> None:
     """Raise unless value is a tensor with these dimensions; a size of None may be any."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    sizes = (None,) * len(dims) if sizes is None else tuple(sizes)
+    sizes = [None] * len(dims) if sizes is None else sizes
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got {value.layout}")
     ok = value.ndim == len(dims)
@@ -649,13 +658,17 @@ def _check_bool(name: str, value: bool) -> None:
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
-def _check_real(name: str, value: Tensor, dims: tuple[str, ...], sizes=None) -> None:
+def _check_real(
+    name: str, value: Tensor, dims: tuple[str, ...], sizes: Sizes | None = None
+) -> None:
     _check_tensor(name, value, dims, sizes)
     if value.is_complex():
         raise TypeError(f"{name} must be real or bool, got {value.dtype}")
 
 
-def _check_float(name: str, value: Tensor, dims: tuple[str, ...], sizes=None) -> None:
+def _check_float(
+    name: str, value: Tensor, dims: tuple[str, ...], sizes: Sizes | None = None
+) -> None:
     _check_tensor(name, value, dims, sizes)
     if value.dtype not in _FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
