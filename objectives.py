@@ -511,7 +511,8 @@ class LogUniform:
         """log P(id), float64, for ids of any shape, int64."""
         _check_ids("ids", ids)
         _check_range("ids", ids, self.n_classes)
-        return (1 / (ids.double() + 1)).log1p().log() - math.log(math.log(self.n_classes + 1))
+        share: Tensor = (1 / (ids.double() + 1)).log1p()
+        return share.log() - math.log(math.log(self.n_classes + 1))
 
 
 class ClassFrequencies:
