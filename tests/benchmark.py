@@ -255,7 +255,8 @@ def from_notebook(*cells):
     notebook = json.loads((Path(__file__).parent.parent / "training_objectives.ipynb").read_text())
     source = {cell["id"]: "".join(cell["source"]) for cell in notebook["cells"]}
     names = {"print": lambda *_: None}
-    for cell in ["find-objectives", "imports", "device", "ranks", "parameters", "resolve", *cells]:
+    settings = ["device", "ranks", "parameters", "optimizers", "resolve", "check-settings"]
+    for cell in ["find-objectives", "imports", *settings, *cells]:
         exec(source[cell].replace('DATA = "cifar10"', 'DATA = "stand-in"'), names)
     return names
 
@@ -264,7 +265,7 @@ def network_step(n, n_classes, device):
     """The training step of the tutorial's network, taken from the notebook's own cells."""
     import torch
 
-    data = ["check-settings", "stand-in", "load-data", "to-device", "prepare"]
+    data = ["stand-in", "load-data", "on-device", "to-device", "prepare"]
     names = from_notebook(*data, "whitening", "network", "batches", "train")
     model = names["SmallCNN"](n_classes, names["WIDTH"]).to(
         device, memory_format=torch.channels_last

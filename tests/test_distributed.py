@@ -191,10 +191,12 @@ def test_one_rank_prints(two_ranks):
 
 
 def test_one_rank_plots_and_saves(two_ranks):
-    folder, _, errors = two_ranks
+    folder, out, errors = two_ranks
     shows = len(SHOWS.findall(script(folder).read_text()))
     figures = sorted((folder / "runs").glob("figure-*.png"))
     assert len(figures) == shows and all(path.stat().st_size > 3_000 for path in figures)
+    for path in figures:
+        assert len(re.findall(rf"(?m)^runs/{path.name}: [A-Z].+\.$", out)) == 1
     assert set(saved_accuracies(folder)) == {"half-trained", *o.__all__[:5]}
     results = json.loads((folder / "runs" / "results.json").read_text())
     assert len(results["objectives"]) == 5 and len(results["experiments"]) == len(EXPERIMENTS)

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 from test_notebook import (
     BEFORE_PROBE,
     CODE,
@@ -31,7 +32,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 SETTINGS = [f"{part}-{kind}" for part in ["teacher", "sampled", "value", "policy"]
             for kind in ["settings", "objective"]]  # fmt: skip
-HELPERS = ["sweep", "train-one", "keep-trainings", "experiment", "heading", "compare", "plot-sweep"]
+HELPERS = ["sweep", "train-one", "keep-trainings", "experiment", "heading", "compare"]
+HELPERS += ["plot-sweep", "looks"]
 CLAIMS = ["parts", "reliability-parts", "teacher-parts", "setting-parts", "value-parts"]
 OUTPUTS = {  # of a network with ten classes, with a baseline
     "softmax_cross_entropy": ("supervised", 10),
@@ -70,11 +72,11 @@ EXPERIMENTS = {
         {"objectives": [SOFTMAX, POLICY], "EPOCHS": 1, "N_IMAGES": 64, "BATCH_SIZE": 32},
     ),
     "steps": (
-        ["steps-sizes", "steps", "good-region"],
+        ["steps-sizes", "steps", "plot-steps", "good-region"],
         "STEPS",
         {"objectives": [SOFTMAX, VALUE], "rates": {"SGD": [0.01, 0.1], "AdamW": [0.006]}},
     ),
-    "other_images": (["other-sizes", "other"], "OTHER_IMAGES", {}),
+    "other_images": (["other-sizes", "plot-other", "other"], "OTHER_IMAGES", {}),
     "reliability": (
         ["reliability-sizes", "plain-network", "recipes", "reliability"],
         "RELIABILITY",
@@ -97,31 +99,29 @@ def definitions(namespace, *cells):
 
 def prepared(folder, **changes):
     """A namespace that has trained all five objectives and defined all helpers and experiments."""
-    show = plt.show
     names = run(with_few_images(folder, **changes), *BEFORE_PROBE)
     definitions(names, "probe")
     names["runs"][SOFTMAX] = names["train_seeds"](SOFTMAX, names["supervised"], 10)
     run(names, *SETTINGS, *HELPERS)
+    definitions(names, "table")
     for cells, *_ in EXPERIMENTS.values():
         run(names, cells[0])
         definitions(names, *cells[1:])
-    plt.show = show  # which a cell has replaced
     return run(names, "recipes")
 
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
-    """One namespace for all tests, and every figure that is shown."""
-    show, style = plt.show, dict(plt.rcParams)
+    """One namespace for all tests, and every figure that is shown, with its caption."""
+    style = dict(plt.rcParams)
     with one_thread():
         names = prepared(tmp_path_factory.mktemp("runs"))
         for objective in list(OUTPUTS)[1:]:
             function, n_outputs = OUTPUTS[objective]
             names["runs"][objective] = names["train_seeds"](objective, names[function], n_outputs)
         figures = []
-        plt.show = lambda: (figures.append(plt.gcf()), plt.close("all"))
+        names["show"] = lambda caption: (figures.append((plt.gcf(), caption)), plt.close("all"))
         yield SimpleNamespace(names=names, figures=figures)
-    plt.show = show
     plt.rcParams.update(style)
 
 
@@ -267,6 +267,15 @@ def test_the_value_of_an_objectives_own_setting_reaches_its_training(
     with redirect_stdout(io.StringIO()):
         by_hand = names["train"]("", names[function], n_outputs - (setting == "BASELINE"))
     assert same(first, by_hand)
+
+
+def test_a_sweep_trains_with_the_function_that_has_the_name_now(names):
+    """Its cell may have been changed and run again after the cell of the sweep."""
+    small(names, SEEDS=[0])
+    source = "def valued(model, images, labels):\n    return supervised(model, images, labels)\n"
+    execute(names, "valued-again", source)
+    (value,), (softmax,) = names["sweep"]([VALUE, SOFTMAX], "WIDTH", [8]).values()
+    assert same(value, softmax)
 
 
 def test_unknown_objectives_are_named(names, steps):
@@ -500,9 +509,16 @@ def test_the_good_region_is_what_comes_near_the_best_above_chance(names):
     """The best is 0.5 above chance, so that 0.55 is just good and 0.54 is not."""
     by_setting = {("SGD", 0.1): [0.6], ("SGD", 1.0): [0.54], ("SGD", 0.01): [0.5, 0.58]}
     by_setting |= {("AdamW", 0.001): [0.5501], ("AdamW", 0.006): [0.57], ("Adam", 1.0): [0.1]}
-    line, share = names["good_region"](by_setting)
+    row, share = names["good_region"](by_setting)
     assert share == pytest.approx(3 / 6)
-    assert line == "best SGD at 0.1, 60.0%. Good (50%): SGD 0.1; AdamW 0.001, 0.006"
+    assert row == {
+        "best": "SGD 0.1",
+        "reached": "60.0%",
+        "good": "50%",
+        "SGD": "0.1",
+        "AdamW": "0.001, 0.006",
+        "Adam": "–",
+    }
     assert names["good_region"]({("SGD", 1.0): [0.1], ("SGD", 2.0): [0.05]})[1] == 0
 
 
@@ -775,7 +791,8 @@ def answered(session, own_images, tmp_path_factory):
                 answer=finding.answer,
                 found=finding.found,
                 trainings=groups,
-                figures=list(session.figures),
+                figures=[figure for figure, _ in session.figures],
+                captions=[caption for _, caption in session.figures],
                 printed=printed.getvalue(),
                 sizes=sizes,
             )
@@ -833,6 +850,20 @@ def test_an_experiment_says_how_little_stands_behind_it(session, answered, exper
     titles = [figure.get_suptitle(), *(ax.get_title() for ax in figure.axes)]
     wanted = f"\nquick: {sizes['EPOCHS']} × {n_images} images, {seeds} ({data})"
     assert any(title.endswith(wanted) for title in titles)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_a_figure_says_what_to_see_in_letters_of_eight_points(answered, experiment):
+    """One to three sentences below it, and a width at which it is shown without shrinking."""
+    (figure,), (caption,) = answered(experiment).figures, answered(experiment).captions
+    assert re.fullmatch(r"[A-Z][^*\n]+\.", caption)
+    assert 1 <= len(re.findall(r"[.?](?: |$)", caption)) <= 3
+    assert figure.get_figwidth() == 7
+    figure.savefig(io.BytesIO())  # which writes the numbers of the axes
+    written = [text for text in figure.findobj(Text) if text.get_text()]
+    assert len(written) > 10
+    for text in written:
+        assert text.get_fontsize() >= 8, text
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -1047,8 +1078,15 @@ def test_experiment_9_finds_the_widest_region(answered):
         shares[objective] = sum(good) / 3
         optimizer, rate = settings[int(np.argmax(means))].split()
         line = next(line for line in done.printed.splitlines() if line.startswith(objective))
-        assert f"best {optimizer} at {rate}, {max(means):.1%}" in line
-        assert f"({shares[objective]:.0%})" in line
+        sgd = ", ".join(rate for rate, is_good in zip(["0.01", "0.1"], good) if is_good)
+        assert re.split("  +", line) == [
+            objective,
+            f"{optimizer} {rate}",
+            f"{max(means):.1%}",
+            f"{shares[objective]:.0%}",
+            sgd or "–",
+            "0.006" if good[2] else "–",
+        ]
         assert drawn(done.figures[0], [0.01, 0.1], means[:2])
         assert drawn(done.figures[0], [0.006], means[2:])
     widest, narrowest = (
@@ -1096,7 +1134,7 @@ def test_reliability_names_the_largest_gap_of_each_recipe(answered):
     done = answered("reliability")
     recipes = {"this notebook's recipe": "SmallCNN AdamW 0.006", "a plain recipe": "PlainCNN Adam 0.001"}  # fmt: skip # noqa: E501
     parts = []
-    for (recipe, value), down in zip(recipes.items(), [-0.12, 0.12]):
+    for (recipe, value), down in zip(recipes.items(), [-0.15, 0.15]):
         gaps = {}
         for row, objective in enumerate([SOFTMAX, SAMPLED]):
             group = of(done, objective, value)
@@ -1113,16 +1151,16 @@ OWN = ["data", "PIXEL_MEAN", "PIXEL_STD", "STEM", "teacher", "FLIP", "EPOCHS", "
 @pytest.mark.parametrize("fails_at", [None, 4])
 def test_experiment_10_leaves_the_notebooks_own_images(names, steps, own_images, fails_at, capsys):
     """Also when a training of the second sweep fails."""
-    sizes, (cell,) = shrink(names, "other_images", own_images)
+    sizes, cells = shrink(names, "other_images", own_images)
     sizes["EPOCHS"] = 1
     before = [names[name] for name in OWN]
     teacher = {key: value.clone() for key, value in names["teacher"].state_dict().items()}
     steps.at, steps.error = fails_at, RuntimeError("out of memory")  # 2 steps a training
     if fails_at:
         with pytest.raises(RuntimeError, match="out of memory"):
-            run(names, cell)
+            run(names, *cells)
     else:
-        run(names, cell)
+        run(names, *cells)
     assert all(names[name] is value for name, value in zip(OWN, before))
     for key, value in names["teacher"].state_dict().items():
         assert torch.equal(value, teacher[key])
@@ -1196,9 +1234,9 @@ def judged(names, runs, findings, *cells, n_test=None):
         run(names, *(cells or ["evidence", *CLAIMS, "verdicts"]))
     verdicts, claims = {}, printed.getvalue().partition("experiments ")[2]
     for number, verdict, parts in re.findall(
-        r"^(\d)\. .*: (YES|NO|ONLY IN PART)\n((?:   .*\n)+)", claims, re.MULTILINE
+        r"^(\d)\. .*: (yes|no|only in part)\.\n\n((?:- .*\n)+)", claims, re.MULTILINE
     ):
-        parts = re.findall(r"^   (yes|no ) +(.*)$", parts, re.MULTILINE)
+        parts = re.findall(r"^- (yes|no), (.*)$", parts, re.MULTILINE)
         verdicts[int(number)] = verdict, {part: held == "yes" for held, part in parts}
     assert list(verdicts) == [1, 2, 3, 4, 5]
     return verdicts
@@ -1244,7 +1282,7 @@ def test_all_claims_hold_where_the_numbers_say_so(claimed):
     runs, findings = as_the_series_says()
     verdicts = judged(claimed, runs, findings)
     assert {number: verdict for number, (verdict, _) in verdicts.items()} == dict.fromkeys(
-        range(1, 6), "YES"
+        range(1, 6), "yes"
     )
     n_parts = [len(parts) for _, parts in verdicts.values()]
     assert n_parts == [1 + 3, 2, 2, 1 + 3 + 1, 1 + 3 + 1 + 1]
@@ -1272,7 +1310,7 @@ def test_no_claim_holds_where_the_numbers_contradict_it(claimed):
     findings["entropy"] = {(POLICY, 0.0): [made(0.5)], (POLICY, 0.3): [made(0.53)]}
     verdicts = judged(claimed, runs, findings)
     for number, (verdict, parts) in verdicts.items():
-        assert verdict == "NO" and not any(parts.values()), (number, parts)
+        assert verdict == "no" and not any(parts.values()), (number, parts)
 
 
 @pytest.mark.parametrize(
@@ -1294,7 +1332,7 @@ def test_a_claim_that_fails_in_one_part_holds_only_in_part(claimed, number, chan
         findings["entropy"][POLICY, 0.3] = [made(0.46)]
     change(runs, findings)
     verdict, parts = judged(claimed, runs, findings)[number]
-    assert verdict == "ONLY IN PART" and list(parts.values()).count(False) == 1
+    assert verdict == "only in part" and list(parts.values()).count(False) == 1
 
 
 @pytest.mark.parametrize(

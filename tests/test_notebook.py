@@ -4,7 +4,9 @@ file that is committed. Cells are addressed by their ids."""
 import ast
 import base64
 import copy
+import html
 import importlib.util
+import inspect
 import io
 import json
 import linecache
@@ -17,6 +19,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from urllib.error import URLError
 
+import benchmark
 import nbformat
 import numpy as np
 import pytest
@@ -33,7 +36,7 @@ NOTEBOOK = nbformat.read(PATH, as_version=4)
 CELLS = {cell.id: cell for cell in NOTEBOOK.cells}
 CODE = {name: cell.source for name, cell in CELLS.items() if cell.cell_type == "code"}
 OBJECTIVES = objectives.__all__[:5]
-SHOWS = re.compile(r"^(plt\.show|anatomy|plot_run|experiment)\(", re.MULTILINE)
+SHOWS = re.compile(r"^(show|anatomy|plot_run|experiment)\(", re.MULTILINE)
 FIGURES = [name for name, source in CODE.items() if SHOWS.search(source)]
 EXPERIMENTS = [name for name in FIGURES if re.search(r"(?m)^experiment\(", CODE[name])]
 MADE_ON_THE_SPOT = {"costs", "bias-plot", "race-plot"}  # figures that show no image data
@@ -45,14 +48,17 @@ AFTER_PROBE = ["sampled-settings", "sampled-objective", "policy-settings", "poli
 CLASSES = ["Käfer", "cat", "white dog"]  # in the order of ImageFolder
 EPOCHS = 2
 
-# Put into the copy after the cell of that id. The spy keeps every title of every figure.
+# Put into the copy after the cell of that id. The spy measures every figure that is open.
 SPY = """
-titles, show = [], plt.show
-def recording_show():
+seen_figures, as_shown = [], show
+def show(caption):
     for figure in map(plt.figure, plt.get_fignums()):
-        titles.append([figure.get_suptitle(), *(ax.get_title() for ax in figure.axes)])
-    show()
-plt.show = recording_show
+        figure.draw_without_rendering()  # which writes the numbers of the axes
+        texts = [text for text in figure.findobj(plt.Text) if text.get_text().strip()]
+        titles = [figure.get_suptitle(), *(ax.get_title() for ax in figure.axes)]
+        points, inches = min(text.get_fontsize() for text in texts), figure.get_figwidth()
+        seen_figures.append({"titles": titles, "points": points, "inches": inches})
+    as_shown(caption)
 """
 TINY = """
 as_it_was = experiment
@@ -64,11 +70,11 @@ def experiment(investigate, sizes):
 INJECTED = {
     "imports": "torch.set_num_threads(1)",  # small tensors, and the cores may be busy
     "stand-in": "make_stand_in = partial(make_stand_in, 2_000, 500)",
-    "style": SPY,
+    "figure-helpers": SPY,
     "why-settings": "CLASS_COUNTS = [1_000, 30_000]",
     "race-settings": "RACE_CLASSES, RACE_SECONDS = 2_000, dict.fromkeys(RACE_SECONDS, 0.3)",
     "experiment": TINY,
-    "results": "print(json.dumps(titles))",
+    "results": "print(json.dumps(seen_figures))",
 }
 
 
@@ -190,6 +196,11 @@ class Run:
     def text(self, *names):
         return "\n".join(texts(self.cells[name] for name in names or self.cells))
 
+    def seen_figures(self):
+        """What the spy measured, by cell; each cell of a figure has shown one."""
+        seen = json.loads(self.cells["injected-results"].outputs[0].text)
+        return dict(zip(FIGURES, seen, strict=True))
+
     def results(self):
         return json.loads((self.folder / "runs" / "results.json").read_text())
 
@@ -259,47 +270,82 @@ def test_every_figure_shows_something(any_run):
 
 
 def test_every_figure_and_table_names_the_data(any_run):
-    titles = json.loads(any_run.cells["injected-results"].outputs[0].text)
     name = any_run.results()["data"]["name"]
-    assert len(titles) == len(FIGURES)
-    for cell, figure in zip(FIGURES, titles):
+    for cell, figure in any_run.seen_figures().items():
         shown = "stand-in data, not CIFAR-10" if cell == "other" else name
-        assert cell in MADE_ON_THE_SPOT or any(f"({shown})" in title for title in figure), cell
+        named = any(f"({shown})" in title for title in figure["titles"])
+        assert cell in MADE_ON_THE_SPOT or named, cell
     for cell in ["table", "evidence", "verdicts"]:
         assert f"({name})" in any_run.text(cell).strip().splitlines()[0]
 
 
+def assert_captions(cell):
+    """Every picture has an alternative text, and right below it the same as a caption."""
+    pictures = [i for i, o in enumerate(cell.outputs) if "image/png" in o.get("data", {})]
+    assert pictures, cell.id
+    for i in pictures:
+        picture, caption = cell.outputs[i : i + 2]
+        alternative = picture.metadata["image/png"]["alt"]
+        assert re.fullmatch(r"[A-Z][^*\n]+\.", alternative), cell.id  # * would end the italics
+        assert caption.data["text/markdown"] == f"*{alternative}*", cell.id
+
+
+def test_every_figure_has_an_alternative_text_that_is_its_caption(any_run):
+    for name in FIGURES:
+        assert_captions(any_run.cells[name])
+
+
+def test_letters_in_figures_have_eight_points_and_are_shown_in_their_size(any_run):
+    """Every figure is 7 inches wide and shown 700 pixels wide, so that nothing is shrunk."""
+    for name, figure in any_run.seen_figures().items():
+        assert figure["points"] >= 8 and figure["inches"] == 7, (name, figure)
+        for output in any_run.cells[name].outputs:
+            if "image/png" in output.get("data", {}):
+                assert output.metadata["image/png"]["width"] == 700, name
+
+
+def test_the_bar_of_a_training_is_one_output_replaced_in_place(any_run):
+    for name in ["softmax-train", "policy-train"]:
+        bars = [output.data["text/plain"] for output in any_run.cells[name].outputs]
+        assert len(bars) == len(any_run.seeds)
+        for seed, bar in zip(any_run.seeds, bars):
+            assert re.fullmatch(rf"\w+, seed {seed} 100% .* left, test accuracy \d+\.\d%", bar)
+            assert len(bar) <= 90
+
+
 def test_every_experiment_says_how_little_stands_behind_it(any_run):
     """In its title and below its answer; the title tells epochs, images and seeds."""
-    titles = json.loads(any_run.cells["injected-results"].outputs[0].text)
-    experiments = any_run.results()["experiments"]
+    figures, experiments = any_run.seen_figures(), any_run.results()["experiments"]
     assert len(experiments) == len(EXPERIMENTS) > 10
     n_images = min(200, any_run.results()["data"]["train"])
     for cell, (name, found) in zip(EXPERIMENTS, experiments.items(), strict=True):
         n_seeds = len({training["seed"] for training in found["trainings"]})
         images = {"deeper": 64, "other": 200}.get(cell, n_images)
         size = f"quick: 1 × {images} images, {n_seeds} seed{'s' * (n_seeds > 1)} ("
-        assert any(size in title for title in titles[FIGURES.index(cell)]), name
+        assert any(size in title for title in figures[cell]["titles"]), name
         said = any_run.text(cell)
         assert found["answer"] in said and f"(quick: {len(found['trainings'])} trainings, " in said
 
 
-def table_rows(text):
-    """The words of every line that begins with a number."""
-    return [line.split() for line in text.splitlines() if re.match(r"\s*\d", line)]
+def markdown_table(text):
+    """The rows of the only Markdown table in a text, without its heading, as lists of cells."""
+    lines = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert lines[1] == ["---", *["--:"] * (len(lines[0]) - 1)]
+    assert {len(line) for line in lines} == {len(lines[0])}
+    return lines[2:]
 
 
 def test_memory_of_a_sparse_step_does_not_grow_with_the_classes(any_run):
-    rows = table_rows(any_run.text("costs"))
-    megabytes = np.array([[float(row[i]) for i in (3, 7, 11)] for row in rows])
-    full, dense, sparse = megabytes.T
+    rows = markdown_table(any_run.text("costs"))
+    megabytes = [[re.fullmatch(r".* ms, (.+) MB", cell)[1] for cell in row[1:]] for row in rows]
+    full, dense, sparse = np.float64(megabytes).T
     assert full[1] > 10 * full[0] and dense[1] > 10 * dense[0] > 0 and sparse[1] == sparse[0] > 0
 
 
 def test_more_samples_come_nearer_to_full_softmax(any_run):
-    rows = table_rows(any_run.text("bias-plot"))
-    biases = np.array([[float(row[i]) for i in (1, 4)] for row in rows])
-    assert len(biases) == 5 and (np.abs(biases[-1]) < 0.1 * np.abs(biases[0])).all()
+    rows = markdown_table(any_run.text("bias-plot"))
+    biases = np.array([[float(cell.split(" ± ")[0]) for cell in row[1:]] for row in rows])
+    assert biases.shape == (5, 2) and (np.abs(biases[-1]) < 0.1 * np.abs(biases[0])).all()
 
 
 def test_every_method_of_the_race_is_reported(any_run):
@@ -339,22 +385,23 @@ def spread(accuracies):
 
 def test_the_table_shows_mean_spread_and_worst_seed(any_run):
     results, together = any_run.results(), 0
-    heading, _, *rows = any_run.text("table").strip().splitlines()
-    assert f"seeds {any_run.seeds}" in heading
-    for row, (name, trainings) in zip(rows, results["objectives"].items()):
+    said = any_run.text("table").strip().splitlines()
+    assert f"seeds {any_run.seeds}" in said[0]
+    rows = markdown_table("\n".join(said))
+    for row, (name, trainings) in zip(rows, results["objectives"].items(), strict=True):
         accuracies, seconds, speeds = (
             [training[part] for training in trainings]
             for part in ["accuracy", "seconds", "images_per_second"]
         )
         together += sum(seconds)
-        assert row.split() == [
+        assert row == [
             name,
-            *spread(accuracies).split(),
+            spread(accuracies),
             f"{min(accuracies):.1%}",
             f"{statistics.mean(seconds):.1f}",
             f"{statistics.mean(speeds):,.0f}",
         ]
-    assert len(rows) == 6 and rows[-1].split() == ["all", "trainings", f"{together:.1f}"]
+    assert len(rows) == 5 and said[-1] == f"All trainings together took {together:.0f} s."
 
 
 def test_the_stand_in_says_so_and_is_learned(stand_in_run):
@@ -380,9 +427,13 @@ def test_own_images_keep_their_classes_and_are_learned(folder_run):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_source_of_every_objective_is_shown_without_its_docstring(stand_in_run, name):
     section = next(n for n, source in CODE.items() if f"show_source({name})" in source)
-    shown = stand_in_run.text(section)
-    assert f"```python\ndef {name}(" in shown and "return" in shown and '"""' not in shown
-    assert f"def {name}(" not in "".join(CODE.values())
+    pages = (output.data["text/html"] for output in stand_in_run.cells[section].outputs)
+    sources = [html.unescape(re.sub(r"<[^>]+>", "", page)).strip() for page in pages]
+    (shown,) = (source for source in sources if source.startswith(f"def {name}("))
+    (function,) = ast.parse(inspect.getsource(getattr(objectives, name))).body
+    del function.body[0]  # the docstring
+    assert ast.unparse(ast.parse(shown)) == ast.unparse(function) and "return" in shown
+    assert '"""' not in shown and f"def {name}(" not in "".join(CODE.values())
 
 
 @pytest.mark.parametrize(
@@ -402,7 +453,7 @@ def test_one_section_can_be_run_again(stand_in_run, section, objective, setting,
     assert n == 1 and before["settings"][setting] != value
     first, last = (list(CODE).index(f"{section}-{part}") for part in ["source", "plot"])
     section = list(CODE)[first : last + 1]
-    stand_in_run.execute([*section, "comparison", "table", "predictions", "results"])
+    stand_in_run.execute([*section, "summary", "comparison", "table", "predictions", "results"])
     after = stand_in_run.results()
     assert after["settings"] == before["settings"] | {setting: value}
     for name in OBJECTIVES:
@@ -773,13 +824,11 @@ def test_the_body_gives_embeddings_and_the_head_any_number_of_outputs(notebook, 
 
 
 def test_responses_of_the_whitening_filters_are_white(notebook):
-    """Second moments of the responses: 1 each, 0 for two filters; the other half is negative."""
+    """Second moments of the responses: 1 each, 0 for two filters."""
     images = notebook["prepare"](notebook["data"].train[0])
-    filters = notebook["whitening_filters"](images, 32)
-    assert filters.shape == (32, 3, 4, 4) and torch.equal(filters[16:], -filters[:16])
-    responses = (
-        torch.nn.functional.conv2d(images, filters[:16], stride=2).transpose(0, 1).flatten(1)
-    )
+    filters = notebook["whitening_filters"](images, 16)
+    assert filters.shape == (16, 3, 4, 4)
+    responses = torch.nn.functional.conv2d(images, filters, stride=2).transpose(0, 1).flatten(1)
     moments = responses @ responses.T / responses.shape[1]
     torch.testing.assert_close(moments, torch.eye(16), rtol=0, atol=0.02)
 
@@ -799,13 +848,43 @@ def test_a_network_has_the_filters_of_its_width_whatever_the_setting(notebook, t
     for width in [8, 32, 128]:
         names = run(with_few_images(tmp_path, WIDTH=width), *BEFORE_PROBE)
         stems[width] = names["SmallCNN"](10, width).body[0].weight
-        torch.testing.assert_close(
-            stems[width], notebook["whitening_filters"](images, min(width, 96)), rtol=0, atol=0
-        )
+        half = notebook["whitening_filters"](images, min(width, 96) // 2)
+        torch.testing.assert_close(stems[width], torch.cat([half, -half]), rtol=0, atol=0)
         assert not stems[width].requires_grad
     for width, stem in stems.items():
         for namespace in [notebook, names]:
             assert torch.equal(namespace["SmallCNN"](10, width).body[0].weight, stem)
+
+
+# Outputs of the notebook as a script
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_script_saves_its_figures_and_prints_their_captions(notebook, tmp_path, capsys, rank):
+    """Numbered in the order in which they are shown, by one rank only, and they are closed."""
+    numbers = notebook["itertools"].count(1)
+    notebook |= {"RUNS": str(tmp_path / "new"), "RANK": rank, "figure_numbers": numbers}
+    for caption in ["First.", "Second."]:
+        figure, _ = notebook["plt"].subplots(figsize=(7, 2))
+        notebook["show"](caption)
+        assert not notebook["plt"].fignum_exists(figure.number)
+    paths = [tmp_path / "new" / f"figure-{number}.png" for number in ["01", "02"]]
+    said = f"{paths[0]}: First.\n{paths[1]}: Second.\n"
+    assert capsys.readouterr().out == (said if rank == 0 else "")
+    assert sorted(tmp_path.glob("*/*")) == (paths if rank == 0 else [])
+    for path in tmp_path.glob("*/*"):
+        assert Image.open(path).size == (1400, 400)
+
+
+def test_a_script_prints_tables_in_columns_and_text_without_asterisks(notebook, capsys):
+    notebook["show_table"]([{"name": "a", "share": "5%"}, {"name": "longer", "share": "100%"}])
+    notebook["say"]("**1. A claim: yes.**")
+    assert capsys.readouterr().out.splitlines() == [
+        "name    share",
+        "a          5%",
+        "longer   100%",
+        "1. A claim: yes.",
+    ]
 
 
 # Settings for a while
@@ -915,6 +994,18 @@ def test_networks_are_trained_with_muon(notebook, network):
     assert trained.history["loss"][1] < trained.history["loss"][0]
 
 
+# The benchmark
+
+
+def test_the_benchmark_finds_its_cells():
+    """It takes one training step of the network and the race from the notebook."""
+    with one_thread():
+        benchmark.network_step(8, 10, "cpu")()
+        case = {"threads": 1, "method": "uniform", "limit": 0.01}
+        seconds, accuracy = benchmark.measure_race(case)[-1]
+        assert seconds >= 0.01 and 0 <= accuracy <= 1
+
+
 # The committed file
 
 
@@ -935,6 +1026,11 @@ def test_the_committed_run_holds_every_figure():
     assert [name for name in FIGURES if not list(figures(CELLS[name]))] == []
 
 
+def test_every_figure_of_the_committed_run_has_an_alternative_text_that_is_its_caption():
+    for name in FIGURES:
+        assert_captions(CELLS[name])
+
+
 def test_the_committed_run_is_clean():
     outputs = [output for name in CODE for output in CELLS[name].outputs]
     kinds = {kind for output in outputs for kind in output.get("data", {})}
@@ -945,22 +1041,19 @@ def test_the_committed_run_is_clean():
     assert "stand-in data" not in "\n".join(texts(elsewhere))
 
 
-def test_the_committed_file_is_small_and_names_no_machine_path():
+def test_the_committed_file_names_no_machine_path():
     everything = "\n".join([*texts(CELLS.values()), *(cell.source for cell in CELLS.values())])
     assert not re.search(r"(?<![\w.])/(work|root|tmp|home)/", everything)
-    assert PATH.stat().st_size < 3e6
+
+
+def test_the_committed_file_is_smaller_than_three_megabytes():
+    assert 0 < PATH.stat().st_size < 3e6
 
 
 def test_the_notebook_compiles_as_a_script():
     script, _ = ScriptExporter().from_notebook_node(NOTEBOOK)
     compile(script, "training_objectives.py", "exec")
     assert "def train(" in script
-
-
-def test_every_internal_link_has_its_anchor():
-    prose = "\n".join(cell.source for cell in CELLS.values() if cell.cell_type == "markdown")
-    links = set(re.findall(r"\]\(#([^)]+)\)", prose))
-    assert links and links <= set(re.findall(r'<a id="([^"]+)">', prose))
 
 
 # README

@@ -1,0 +1,150 @@
+"""What needs no run: the notebook's headings, links and equations, its colours, type hints."""
+
+import itertools
+import re
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from test_notebook import CELLS, CODE, OBJECTIVES, ROOT
+
+PROSE = {name: cell.source for name, cell in CELLS.items() if cell.cell_type == "markdown"}
+WITHOUT_CODE = re.sub(r"(?ms)^```.*?^```$", "", "\n\n".join(PROSE.values()))
+HEADINGS = re.findall(r"(?m)^(#+) (.+)$", WITHOUT_CODE)
+
+
+# Headings, links and equations
+
+
+def slug(heading):
+    """What Jupyter makes of a heading."""
+    return heading.strip().replace(" ", "-")
+
+
+SLUGS = Counter(slug(heading) for _, heading in HEADINGS)
+
+
+def test_headings_begin_with_the_only_title_and_skip_no_level():
+    levels = [len(marks) for marks, _ in HEADINGS]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in zip(levels, levels[1:]))
+
+
+def test_every_internal_link_points_at_the_one_heading_of_that_name():
+    links = re.findall(r"\]\(#([^)]+)\)", WITHOUT_CODE)
+    assert len(links) > 20 and [link for link in links if SLUGS[link] != 1] == []
+
+
+def test_headings_that_are_linked_have_their_anchor_right_before_them():
+    """Jupyter makes such anchors itself, Colab does not."""
+    links = set(re.findall(r"\]\(#([^)]+)\)", WITHOUT_CODE))
+    anchors = re.findall(r'<a name="([^"]+)"></a>(?:\n#+ (.+))?', WITHOUT_CODE)
+    assert [(name, heading) for name, heading in anchors if name != slug(heading)] == []
+    assert len(set(anchors)) == len(anchors) and links == {name for name, _ in anchors}
+
+
+@pytest.mark.parametrize("name", PROSE)
+def test_no_backslash_stands_before_punctuation(name):
+    r"""GitHub takes it away before it sets the equation, as in \, \; \! \{ and \_."""
+    assert re.findall(r"\\[!-/:-@\[-`{-~].*", PROSE[name]) == []
+
+
+# Colours
+
+
+@pytest.fixture(scope="module")
+def style():
+    """The names that the cell of the style defines; Matplotlib itself stays as it is."""
+    plt = SimpleNamespace(rcParams={}, cycler=lambda color: color)
+    names = {"plt": plt}
+    exec(CODE["style"], names)
+    return SimpleNamespace(**names)
+
+
+# Machado, Oliveira & Fernandes 2009, severity 1, on linear RGB
+VISION = {
+    "normal": np.eye(3),
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "tritanopia": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+}
+TO_XYZ = np.array([[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9503]])
+
+
+def linear(colour):
+    """Linear RGB of "#rrggbb"."""
+    values = np.array(list(bytes.fromhex(colour[1:]))) / 255
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def lab(rgb):
+    """CIELAB of linear RGB, whose white is 1, 1, 1."""
+    x, y, z = TO_XYZ @ rgb / TO_XYZ.sum(1)
+    f = lambda t: np.cbrt(t) if t > (6 / 29) ** 3 else t / 3 * (29 / 6) ** 2 + 4 / 29  # noqa: E731
+    return np.array([116 * f(y) - 16, 500 * (f(x) - f(y)), 200 * (f(y) - f(z))])
+
+
+def contrast_on_white(colour):
+    """By WCAG, from 1 to 21."""
+    return 1.05 / (TO_XYZ[1] @ linear(colour) + 0.05)
+
+
+def test_distances_of_colours_are_those_of_cielab():
+    """Against values that are published: white, and the primaries of sRGB."""
+    assert lab(linear("#FFFFFF")) == pytest.approx([100, 0, 0], abs=0.01)
+    assert lab(linear("#FF0000")) == pytest.approx([53.24, 80.09, 67.20], abs=0.1)
+    assert lab(linear("#0000FF")) == pytest.approx([32.30, 79.19, -107.86], abs=0.1)
+    assert contrast_on_white("#000000") == pytest.approx(21)
+    assert contrast_on_white("#777777") == pytest.approx(4.48, abs=0.005)
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_colours_stay_apart_for_every_kind_of_vision(style, vision):
+    """By five just noticeable differences, which are 2.3 each in CIE76: lines are thin, and lie
+    apart from their legend. The nearest two, blue and green with tritanopia, are 17 apart."""
+    assert list(style.COLOURS) == OBJECTIVES
+    colours = style.COLOURS | {"ink": style.INK}
+    seen = {k: lab((VISION[vision] @ linear(c)).clip(0, 1)) for k, c in colours.items()}
+    apart = {(a, b): np.linalg.norm(seen[a] - seen[b]) for a, b in itertools.combinations(seen, 2)}
+    assert {pair: d for pair, d in apart.items() if d < 5 * 2.3} == {}
+
+
+def test_colours_but_one_have_the_contrast_that_graphics_need(style):
+    """3:1 by WCAG 1.4.11. Amber has 2.25: there the marker, the line and the label must tell."""
+    contrasts = {name: contrast_on_white(colour) for name, colour in style.COLOURS.items()}
+    low = {name: value for name, value in contrasts.items() if value < 3}
+    assert list(low) == ["teacher_student"] and low["teacher_student"] > 2.2
+
+
+def test_every_objective_has_a_marker_of_its_own(style):
+    assert list(style.MARKERS) == OBJECTIVES
+    assert len(set(style.MARKERS.values())) == len(OBJECTIVES)
+
+
+def test_ink_has_the_contrast_that_small_letters_need(style):
+    """7:1 by WCAG 1.4.6, on the white that every figure is drawn on."""
+    assert contrast_on_white(style.INK) >= 7
+    assert style.plt.rcParams["figure.facecolor"] == "white"
+
+
+# Type hints
+
+
+def test_type_hints_are_complete_and_consistent(tmp_path):
+    api = pytest.importorskip("mypy.api")
+    path = str(ROOT / "objectives.py")
+    said, errors, status = api.run(["--strict", "--cache-dir", str(tmp_path), path])
+    assert status == 0, said + errors
