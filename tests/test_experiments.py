@@ -32,8 +32,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 SETTINGS = [f"{part}-{kind}" for part in ["teacher", "sampled", "value", "policy"]
             for kind in ["settings", "objective"]]  # fmt: skip
-HELPERS = ["sweep", "train-one", "keep-trainings", "experiment", "heading", "compare"]
-HELPERS += ["plot-sweep", "looks"]
+HELPERS = ["sweep", "train-one", "keep-trainings", "experiment", "heading", "compare", "plot-sweep"]
 CLAIMS = ["parts", "reliability-parts", "teacher-parts", "setting-parts", "value-parts"]
 OUTPUTS = {  # of a network with ten classes, with a baseline
     "softmax_cross_entropy": ("supervised", 10),
