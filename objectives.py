@@ -38,7 +38,7 @@ make the program wait for the device; under torch.compile and vmap it is not che
 torch.compile makes one graph of each, but takes no ``generator``: torch.manual_seed repeats
 the draws, and its default backend, inductor, draws other numbers than eager mode and takes no
 ``sparse=True``. torch.func.grad and vmap work as well; for the three that draw, vmap needs
-``randomness="different"`` or ``"same"``.
+``randomness="different"`` or ``"same"``. (torch 2.6 has no grad of a vmap of sampled_softmax.)
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -233,34 +233,95 @@ def sampled_softmax(
     _check_labels(labels, embeddings, n_classes, "embeddings")
     _check_bool("sparse", sparse)
     _check_generator(generator, embeddings.device)
-    ids, log_q, log_not_label = _draw(noise, n_samples, labels, n_classes, generator)
+    drawn = _draw(noise, n_samples, labels, n_classes, generator)
+    ids = torch.cat([labels, drawn])
+    log_q, log_not_label = _log_noise(noise, ids, n, n_classes)
+
+    # How often each label was drawn: seldom, where classes are many, and if never, then there
+    # are no [N, n_samples] pairs to compare.
+    first, end = torch.searchsorted(drawn, torch.stack([labels, labels + 1]))
+    hits = end - first
+    rejected = drawn == labels[:, None] if _extremes(hits, unknown=(0, 1))[1] > 0 else None
+    k = n_samples - hits
 
     dtype = torch.promote_types(embeddings.dtype, torch.promote_types(weight.dtype, torch.float32))
-    w_label, w_noise = (
-        F.embedding(ids, weight, sparse=sparse).to(dtype).split_with_sizes([n, n_samples])
-    )
+    w = F.embedding(ids, weight, sparse=sparse).to(dtype)
     if bias is None:
-        b = torch.zeros(len(ids), dtype=dtype, device=ids.device)
+        b = w.new_zeros(len(ids))
     else:
         b = _scores(bias.gather(0, ids, sparse_grad=sparse)).to(dtype)
-    b_label, b_noise = b.split_with_sizes([n, n_samples])
-    # The meta device has no autocast.
-    with nullcontext() if ids.is_meta else torch.autocast(ids.device.type, enabled=False):
-        e = embeddings.to(dtype)
-        x_label = (e * w_label).sum(1) + b_label
-        x_noise = torch.addmm((b_noise - log_q).to(dtype), e, w_noise.T)
+    # What every noise score of an image shares, log(k / (1 - q_t)), is taken from their sum.
+    log_scale = (k.clamp(min=1).to(dtype).log() - log_not_label).to(dtype)
+    loss, *_ = _LabelOrNoise.apply(embeddings.to(dtype), w, b, log_q, log_scale, rejected)
+    return _mean(loss), {"kept": _mean(k / n_samples)}
 
-    rejected = ids[n:] == labels[:, None]
-    k = n_samples - rejected.sum(1, dtype=torch.int32)  # int32: copied first, half of int64
-    with torch.no_grad():  # In place, unseen by autograd: exp gives them gradient 0 anyway.
-        x_noise.masked_fill_(rejected, -_limit(dtype))
-        highest = x_noise.amax(1)
-    noise_sum = (x_noise - highest[:, None]).exp_().sum(1)
-    # What every noise score of an image shares, log(k / (1 - q_t)), is taken from the sum.
-    log_scale = k.clamp(min=1).to(dtype).log() - log_not_label
-    log_noise = noise_sum.log() + highest - log_scale.to(dtype)
-    # A softmax over all is a choice between the label and the noise classes together.
-    return _mean(-F.logsigmoid(x_label - log_noise)), {"kept": _mean(k / n_samples)}
+
+class _LabelOrNoise(torch.autograd.Function):
+    """-log sigmoid(x_t + log_scale - log sum_c exp(x_c - log q_c)) for each image.
+
+    A softmax over all is a choice between the label and the noise classes together. With P the
+    probability of the latter and p the softmax among them, the gradient is -P on x_t and P p_c
+    on x_c. Left to itself, autograd makes several tensors of the size of p, [N, n_samples], for
+    that, and they cost more time than the arithmetic. Here p is the only one that is kept, and
+    P scales rows of e instead. A second derivative computes p again, as autograd sees it.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        e: Tensor,
+        w: Tensor,
+        b: Tensor,
+        log_q: Tensor | float,
+        log_scale: Tensor,
+        rejected: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        n = len(e)
+        with _own_precision(e):
+            x_label = (e * w[:n]).sum(1) + b[:n]
+            x_noise = torch.addmm((b[n:] - log_q).to(e.dtype), e, w[n:].T)
+        if rejected is not None:
+            x_noise.masked_fill_(rejected, -_limit(e.dtype))
+        p = x_noise.softmax(1)
+        log_noise = x_noise.amax(1) - p.amax(1).log()
+        margin = x_label + log_scale - log_noise
+        return -F.logsigmoid(margin), p, (-margin).sigmoid()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        e, w, b, *ctx.constants = inputs
+        _, p, p_noise = output
+        ctx.mark_non_differentiable(p, p_noise)
+        ctx.set_materialize_grads(False)  # or zeros would be made for p
+        ctx.save_for_backward(e, w, b, p, p_noise)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 6
+        e, w, b, p, p_noise = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            p, p_noise = _LabelOrNoise.forward(e, w, b, *ctx.constants)[1:]
+        n = len(e)
+        d = (grad * p_noise)[:, None]
+        with _own_precision(e):
+            d_e = d * (p @ w[n:] - w[:n])
+            d_w = torch.cat([-d * e, p.T @ (d * e)])
+            d_b = torch.cat([-d, p.T @ d]).squeeze(1)
+        return d_e, d_w, d_b, None, None, None
+
+
+# Otherwise apply works it out at every call.
+_LabelOrNoise.forward.__dict__["__signature__"] = inspect.signature(_LabelOrNoise.forward)
+
+
+def _own_precision(tensor: Tensor) -> AbstractContextManager[None]:
+    """Arithmetic in the tensor's own dtype, also under autocast, which the meta device has not."""
+    device = tensor.device.type
+    if tensor.is_meta or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def _draw(
@@ -269,13 +330,12 @@ def _draw(
     labels: Tensor,
     n_classes: int,
     generator: Generator | None,
-) -> tuple[Tensor, Tensor | float, Tensor | float]:
-    """Ids of labels and noise classes [N + n_samples], log q of the latter, and log(1 - q_t)."""
+) -> Tensor:
+    """Noise classes, sorted: to look labels up, and to visit memory in its order."""
     _check_count("n_samples", n_samples)
     if noise is None:
         drawn = torch.randint(n_classes, (n_samples,), generator=generator, device=labels.device)
-        ids = torch.cat([labels, drawn])
-        return ids, -math.log(n_classes), math.log1p(-1 / max(n_classes, 2))
+        return drawn.sort()[0]
     methods = (getattr(noise, name, None) for name in ("sample", "log_prob"))
     if isinstance(noise, type) or not all(map(callable, methods)):
         raise TypeError(
@@ -300,13 +360,20 @@ def _draw(
     _check_int("noise.sample((n_samples,))", drawn, n_samples)
     _check_device("noise.sample((n_samples,))", drawn, "labels", labels)
     _check_range("noise.sample((n_samples,))", drawn, n_classes)
-    ids = torch.cat([labels, drawn])
+    return drawn.sort()[0]
+
+
+def _log_noise(
+    noise: Noise | None, ids: Tensor, n: int, n_classes: int
+) -> tuple[Tensor | float, Tensor | float]:
+    """log q_c of the noise classes and log(1 - q_t) of the n labels before them in ids."""
+    if noise is None:
+        return -math.log(n_classes), math.log1p(-1 / max(n_classes, 2))
     log_q = noise.log_prob(ids)
     _check_float("noise.log_prob(ids)", log_q, ("N + n_samples",), ids.shape)
-    _check_device("noise.log_prob(ids)", log_q, "labels", labels)
-    log_q_label, log_q_noise = log_q.split_with_sizes([len(labels), n_samples])
+    _check_device("noise.log_prob(ids)", log_q, "labels", ids)
     tiny = torch.finfo(log_q.dtype).tiny  # where q_t is 1, everything was rejected
-    return ids, log_q_noise, (1 - log_q_label.exp()).clamp(min=tiny).log()
+    return log_q[n:], (1 - log_q[:n].exp()).clamp(min=tiny).log()
 
 
 def value_function(
@@ -617,8 +684,8 @@ def _ask(reward: Reward, action: Tensor, dtype: torch.dtype) -> Tensor:
     return r
 
 
-def _extremes(tensor: Tensor) -> tuple[float, float]:
-    """The least and the greatest value; (0, 0) where there are none, where reading them makes
+def _extremes(tensor: Tensor, unknown: tuple[float, float] = (0, 0)) -> tuple[float, float]:
+    """The least and the greatest value; ``unknown`` where there are none, where reading them makes
     the program wait for a GPU, and where that is impossible: while compiling, under vmap."""
     if tensor.device.type == "cpu" and not torch.compiler.is_compiling() and tensor.numel():
         try:
@@ -626,7 +693,7 @@ def _extremes(tensor: Tensor) -> tuple[float, float]:
             return low.item(), high.item()
         except RuntimeError:  # vmap: "We don't support vmap over calling .item()"
             pass
-    return 0, 0
+    return unknown
 
 
 def _check_tensor(

@@ -85,6 +85,54 @@ def test_many_samples_approach_full_softmax(name):
     assert ((draws.mean(0) - wanted).abs() <= 4 * standard_error + 1 / n_samples).all()
 
 
+@pytest.mark.parametrize("drawn", [[3, 5, 4, 5], [0, 5, 1, 0], [2, 2, 2, 2]])
+def test_loss_and_gradients_are_those_of_the_definition(drawn):
+    """By autograd, one score at a time; labels drawn never, sometimes, and nothing else."""
+    noise = ClassFrequencies(torch.arange(1, 7))
+    embeddings, _, weight, bias = problem(n_classes=6)
+    labels, q = torch.tensor([0, 1, 2]), probabilities(noise, 6)
+    losses = []
+    for e, t in zip(embeddings, labels.tolist(), strict=True):
+        x, kept = weight @ e + bias, [c for c in drawn if c != t]
+        corrected = [x[c] - (len(kept) * q[c] / (1 - q[t])).log() for c in kept]
+        losses.append(torch.stack([x[t], *corrected]).logsumexp(0) - x[t])
+    expected = torch.stack(losses).mean()
+    loss, _ = sampled_softmax(
+        embeddings, labels, weight, bias, n_samples=4, noise=Given(torch.tensor(drawn), noise)
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    inputs = (embeddings, weight, bias)
+    wanted = torch.autograd.grad(expected, inputs)
+    for _ in range(2):  # what is kept for the gradient stays as it was
+        gradients = torch.autograd.grad(loss, inputs, retain_graph=True)
+        torch.testing.assert_close(gradients, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_second_derivatives_are_those_of_differences():
+    inputs = problem()
+
+    def loss(embeddings, weight, bias):
+        generator = torch.Generator().manual_seed(0)
+        labels = inputs[1]
+        return sampled_softmax(embeddings, labels, weight, bias, generator=generator)[0]
+
+    assert torch.autograd.gradgradcheck(loss, (inputs[0], *inputs[2:]))
+
+
+def test_the_softmax_over_the_noise_is_all_that_is_kept_of_its_size():
+    n, n_samples, kept = 16, 64, []
+    inputs = problem(n=n, n_classes=10_000)
+
+    def pack(tensor):
+        kept.append(tensor.untyped_storage().nbytes() // tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        noise = Given(torch.arange(n_samples), ClassFrequencies(torch.ones(10_000)))
+        sampled_softmax(*inputs, n_samples=n_samples, noise=noise)
+    assert [size for size in kept if size >= n * n_samples and size < 10_000] == [n * n_samples]
+
+
 @pytest.mark.parametrize("name", NOISES)
 def test_two_classes_are_exact(name):
     """One other class: whatever is kept, the estimate is its score itself."""

@@ -19,6 +19,7 @@ from objectives import (
     value_function,
 )
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 N, C = 6, 5
 LABELS = torch.tensor([0, 4, 2, 1, 3, 2])
 PAY = torch.tensor([0.0, 0.25, 1.0, 0.5, 0.75])
@@ -259,3 +260,16 @@ def test_batches_can_be_mapped(name):
     losses = vmap(lambda x, t: CASES[name](x, t)[0], randomness="different")(x, labels)
     assert losses.shape == (8,) and losses.isfinite().all()
     assert (len(losses.unique()) > 1) == (name in RANDOM)
+
+
+@pytest.mark.parametrize("name", SHARED_NOISE)
+@pytest.mark.skipif(TORCH < (2, 14), reason="torch 2.6 fails, 2.14 does not, between is unknown")
+def test_a_mapped_loss_has_a_gradient(name):
+    x, labels = normal(4, N, C), torch.stack([LABELS.roll(i) for i in range(4)])
+    expected = torch.stack([evaluate(CASES[name], *batch)[2] for batch in zip(x, labels)])
+
+    def total(x):
+        return vmap(lambda x, t: CASES[name](x, t)[0], randomness="same")(x, labels).sum()
+
+    torch.manual_seed(0)
+    close(grad(total)(x), expected)
