@@ -252,7 +252,7 @@ def sampled_softmax(
         b = _scores(bias.gather(0, ids, sparse_grad=sparse)).to(dtype)
     # What every noise score of an image shares, log(k / (1 - q_t)), is taken from their sum.
     log_scale = (k.clamp(min=1).to(dtype).log() - log_not_label).to(dtype)
-    loss, *_ = _LabelOrNoise.apply(embeddings.to(dtype), w, b, log_q, log_scale, rejected)
+    loss, *_ = _label_or_noise(embeddings.to(dtype), w, b, log_q, log_scale, rejected)
     return _mean(loss), {"kept": _mean(k / n_samples)}
 
 
@@ -297,11 +297,12 @@ class _LabelOrNoise(torch.autograd.Function):
         ctx.save_for_backward(e, w, b, p, p_noise)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
         if grad is None:
             return (None,) * 6
         e, w, b, p, p_noise = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # for a second derivative
             p, p_noise = _LabelOrNoise.forward(e, w, b, *ctx.constants)[1:]
         n = len(e)
         d = (grad * p_noise)[:, None]
@@ -312,6 +313,7 @@ class _LabelOrNoise(torch.autograd.Function):
         return d_e, d_w, d_b, None, None, None
 
 
+_label_or_noise: Callable[..., tuple[Tensor, ...]] = _LabelOrNoise.apply
 # Otherwise apply works it out at every call.
 _LabelOrNoise.forward.__dict__["__signature__"] = inspect.signature(_LabelOrNoise.forward)
 
