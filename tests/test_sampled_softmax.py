@@ -109,26 +109,25 @@ def test_loss_and_gradients_are_those_of_the_definition(drawn):
 
 
 def test_second_derivatives_are_those_of_differences():
-    inputs = problem()
+    embeddings, labels, weight, bias = problem()
 
     def loss(embeddings, weight, bias):
         generator = torch.Generator().manual_seed(0)
-        labels = inputs[1]
         return sampled_softmax(embeddings, labels, weight, bias, generator=generator)[0]
 
-    assert torch.autograd.gradgradcheck(loss, (inputs[0], *inputs[2:]))
+    assert torch.autograd.gradgradcheck(loss, (embeddings, weight, bias))
 
 
 def test_the_softmax_over_the_noise_is_all_that_is_kept_of_its_size():
     n, n_samples, kept = 16, 64, []
     inputs = problem(n=n, n_classes=10_000)
+    noise = Given(torch.arange(n_samples), ClassFrequencies(torch.ones(10_000)))
 
     def pack(tensor):
         kept.append(tensor.untyped_storage().nbytes() // tensor.element_size())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        noise = Given(torch.arange(n_samples), ClassFrequencies(torch.ones(10_000)))
         sampled_softmax(*inputs, n_samples=n_samples, noise=noise)
     assert [size for size in kept if size >= n * n_samples and size < 10_000] == [n * n_samples]
 
