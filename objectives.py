@@ -11,9 +11,10 @@ and a dict of detached scalar tensors that stay on the device until read.
 Letters: C classes or actions, D embedding size, x = logits (scores) of one example, p = softmax(x),
 t = its label, a = its action, r = its reward. [...] are any leading dimensions, or none. Inputs are
 float16, bfloat16, float32 or float64; the arithmetic is at least float32, also under autocast. A
-logit of -inf masks a class or action: its probability and gradient are 0, it is never chosen; not
-all of an example may be masked. Any other score that is not finite makes the loss so, too, which a
-GradScaler must see. A label of -100 leaves its example out of loss, gradient, metrics and mean.
+logit of -inf masks a class or action: its probability and gradient are 0, it is never chosen; it
+must be nobody's label, and not all of an example may be masked. Any other score that is not finite
+makes the loss so, too, so that a GradScaler sees it. A label of -100 leaves its example out of
+loss, gradient, metrics and mean.
 
 A wrong type or dtype raises TypeError, a wrong shape or value ValueError; both name the argument.
 The values of tensors (labels in range, rewards between 0 and 1) are checked on the CPU alone, and
@@ -174,8 +175,9 @@ def sampled_softmax(
     if bias is not None:
         _check("bias", bias, "floating", len(weight))
     t, told = (x.flatten() for x in _check_labels(labels, (*embeddings.shape[:-1], len(weight))))
+    dtype = torch.promote_types(embeddings.dtype, torch.promote_types(weight.dtype, torch.float32))
     if noise is None:
-        noise = _Uniform(len(weight), weight.device)
+        noise = _Uniform(len(weight), weight.device, dtype)
     drawn, n = _draw(noise, n_samples, len(weight), generator), len(t)
     # An example to leave out borrows a class that was drawn, so that no other row is touched.
     ids = torch.cat([torch.where(told, t, drawn[:1]), drawn])
@@ -184,13 +186,12 @@ def sampled_softmax(
     first, end = torch.searchsorted(drawn, torch.stack([t, t + 1]))
     k = n_samples - (end - first)
 
-    dtype = torch.promote_types(embeddings.dtype, torch.promote_types(weight.dtype, torch.float32))
     e = embeddings.reshape(n, weight.shape[1]).to(dtype)
     w = F.embedding(ids, weight, sparse=sparse).to(dtype)
     b = 0 if bias is None else bias.gather(0, ids, sparse_grad=sparse).to(dtype)
     # log(k / (1 - q_t)), which all noise scores lack, is on the label's: one number, not k of them.
     # Where it is infinite there is no noise, and any number does.
-    log_k = (k.clamp(min=1) / (1 - log_q[:n].exp())).clamp(max=torch.finfo(dtype).max).log()
+    log_k = (k.clamp(min=1) / (1 - log_q[:n].exp())).clamp(max=torch.finfo(log_q.dtype).max).log()
     b = torch.cat([log_k, -log_q[n:]]).to(dtype) + b
     with torch.autocast("cpu" if e.is_meta else e.device.type, enabled=False):
         x_t, x_c = (e * w[:n]).sum(1) + b[:n], torch.addmm(b[n:], e, w[n:].T)
@@ -230,9 +231,10 @@ def value_function(
     x_a = _at(x, actions) + (0 * x).sum(-1)  # + 0, or NaN for an overflow anywhere
     if consistent:
         # softmax(x)_a = sigmoid(x_a - log sum_{c != a} exp(x_c)), which cannot lose
-        # 1 - softmax(x)_a to rounding.
+        # 1 - softmax(x)_a to rounding; where there are no others it is 1 whatever x_a.
         others = x.scatter(-1, actions[..., None], torch.finfo(x.dtype).min / 2)
-        x_a = x_a - others.logsumexp(-1)
+        x_a, certain = x_a - others.logsumexp(-1), torch.finfo(x.dtype).max / 16
+        x_a = torch.where(x_a > certain, certain, x_a)
     loss = F.binary_cross_entropy_with_logits(x_a, r, reduction="none")
     return _mean(loss), {"reward": _mean(r)}
 
@@ -298,7 +300,7 @@ def policy_gradient(
         metrics["weight"] = _mean((log_p_a.detach() - log_q).exp())
     if baseline is not None:
         _check("baseline", baseline, "floating", *actions.shape)
-        x_v = _wide(baseline)
+        x_v = _wide(baseline) + 0 * _wide(baseline)  # + 0, or NaN for an overflow
         v = x_v.detach().sigmoid()
         baseline_loss = F.binary_cross_entropy_with_logits(x_v, r, reduction="none")
         advantage, loss = r - v, loss + baseline_loss
@@ -410,14 +412,14 @@ class ClassFrequencies:
 class _Uniform:
     """Noise that is the same for all classes."""
 
-    def __init__(self, n_classes: int, device: torch.device):
-        self.n_classes, self.device = n_classes, device
+    def __init__(self, n_classes: int, device: torch.device, dtype: torch.dtype):
+        self.n_classes, self.device, self.dtype = n_classes, device, dtype
 
     def sample(self, shape: Sequence[int], *, generator: Generator | None = None) -> Tensor:
         return torch.randint(self.n_classes, shape, device=self.device, **_given(generator))
 
     def log_prob(self, ids: Tensor) -> Tensor:
-        return torch.full_like(ids, -math.log(self.n_classes), dtype=torch.float32)
+        return torch.full_like(ids, -math.log(self.n_classes), dtype=self.dtype)
 
 
 def _draw(noise: Any, n_samples: int, n_classes: int, generator: Generator | None) -> Tensor:
