@@ -2,7 +2,7 @@
 
 softmax_cross_entropy, teacher_student and sampled_softmax play supervised learning: they are told
 the right class of every example. value_function and policy_gradient play a contextual bandit: they
-learn from what was done and what it earned, now or long ago. epsilon_greedy and sample_actions
+learn from actions and their rewards, on-line or from a log. epsilon_greedy and sample_actions
 choose what to do; LogUniform and ClassFrequencies are noise for sampled_softmax.
 
 Each loss returns (loss, metrics): a scalar tensor, the mean over the examples (0 where none are),
@@ -12,7 +12,7 @@ Letters: C classes or actions, D embedding size, x = logits (scores) of one exam
 t = its label, a = its action, r = its reward. [...] are any leading dimensions, or none. Inputs are
 float16, bfloat16, float32 or float64; the arithmetic is at least float32, also under autocast. A
 logit of -inf masks a class or action: its probability and gradient are 0, it is never chosen; it
-must be nobody's label, and not all of an example may be masked. Any other score that is not finite
+must not be the label, and not all of an example may be masked. Any other score that is not finite
 makes the loss so, too, so that a GradScaler sees it. A label of -100 leaves its example out of
 loss, gradient, metrics and mean.
 
@@ -20,9 +20,10 @@ A wrong type or dtype raises TypeError, a wrong shape or value ValueError; both 
 The values of tensors (labels in range, rewards between 0 and 1) are checked on the CPU alone, and
 not under torch.compile or vmap: elsewhere that would make the program wait for the device.
 
-torch.compile makes one graph of each function, whatever the batch size and settings, but takes no
-generator, and inductor, its default backend, no sparse=True. torch.func.grad and vmap work as well;
-where something is drawn, vmap needs randomness="different".
+torch.compile makes one graph of each function, whatever the batch size and settings (torch 2.6 one
+for each value of a float), but takes no generator, and inductor, its default backend, no
+sparse=True. torch.func.grad and vmap work as well; where something is drawn, vmap needs
+randomness="different".
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def sampled_softmax(
     Sources: Bengio & Senecal 2008; Jean et al. 2014, https://arxiv.org/abs/1412.2007; TensorFlow's
     "Candidate Sampling Algorithms Reference".
 
-    Example: a million classes, of which a step touches 132.
+    Example: a million classes, of which a step touches 132 at most.
         >>> layer = torch.nn.Linear(16, 1_000_000)
         >>> e, labels = torch.randn(32, 16), torch.randint(1_000_000, [32])
         >>> settings = {"n_samples": 100, "noise": LogUniform(1_000_000), "sparse": True}
@@ -252,9 +253,10 @@ def policy_gradient(
 
     loss = -(r - V) p_a / q - entropy_weight H(p) + BCE(V, r), where q is the probability with which
     the action was chosen, V = sigmoid(baseline) the expected reward, a constant in the first term,
-    and H(p) = -sum_c p_c log p_c the entropy. The first term's gradient, averaged over the choices
-    of q, is that of minus the expected reward of p, whatever V is. For actions drawn from p itself,
-    q is p_a as a constant, and the gradient that of -(r - V) log p_a: (V - r) ([c = a] - p_c).
+    and H(p) = -sum_c p_c log p_c the entropy. Averaged over the choices of q, which must be above 0
+    wherever p is, the first term's gradient is that of minus the expected reward of p, whatever V
+    is. For actions drawn from p itself, q is p_a as a constant, and the gradient that of
+    -(r - V) log p_a: (V - r) ([c = a] - p_c).
 
     Args:
         logits: [..., C] floating.
@@ -304,7 +306,7 @@ def policy_gradient(
         v = x_v.detach().sigmoid()
         baseline_loss = F.binary_cross_entropy_with_logits(x_v, r, reduction="none")
         advantage, loss = r - v, loss + baseline_loss
-        metrics |= {"baseline": _mean(v), "baseline_loss": _mean(baseline_loss).detach()}
+        metrics["baseline"], metrics["baseline_loss"] = _mean(v), _mean(baseline_loss).detach()
     return _mean(loss - advantage * (log_p_a - log_q).exp()), metrics
 
 

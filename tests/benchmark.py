@@ -1,10 +1,10 @@
 """Print what the objectives cost, as tables. Run by hand: python tests/benchmark.py [table ...]
 
 Tables: classes (one training step of a last layer by number of classes, against full softmax,
-adaptive softmax and, where it is installed, TensorFlow), race (accuracy against seconds on
-100,000 classes), overhead (each objective against F.cross_entropy). Every case runs in a process
-of its own with the same number of threads. The cases take turns: times are medians over the
-rounds, ratios are medians of the ratios within a round.
+adaptive softmax and, where it is installed, TensorFlow), overhead (each objective against
+F.cross_entropy and a training step of the notebook). Every case runs in a process of its own with
+the same number of threads. The cases take turns: times are medians over the rounds, ratios are
+medians of the ratios within a round.
 """
 
 import argparse
@@ -50,11 +50,8 @@ def torch_step(method, n_classes, device):
             return F.cross_entropy(layer(embeddings), labels)
         if method == "adaptive":
             return layer(embeddings, labels).loss
-        parameters = layer.weight, layer.bias
-        sparse = method == "sparse"
-        return sampled_softmax(embeddings, labels, *parameters, n_samples=N_SAMPLES, sparse=sparse)[
-            0
-        ]
+        how = {"n_samples": N_SAMPLES, "sparse": method == "sparse"}
+        return sampled_softmax(embeddings, labels, layer.weight, layer.bias, **how)[0]
 
     def step():
         loss(next(batches)).backward()
@@ -237,62 +234,54 @@ def objective_calls(n, n_classes, device):
     head = torch.nn.Linear(size, n_classes, device=device)
     embeddings = torch.randn(n, size, device=device, requires_grad=True)
     x, v = logits.clone().requires_grad_(), baseline.requires_grad_()
-    reward = o.reward_if_correct(labels)
+
+    def played(choose):
+        actions = choose(x)
+        return x, actions, actions == labels
+
     losses = {
         "F.cross_entropy": lambda: F.cross_entropy(x, labels),
         "softmax_cross_entropy": lambda: o.softmax_cross_entropy(x, labels)[0],
         "teacher_student": lambda: o.teacher_student(x, labels, logits)[0],
         "linear layer, F.cross_entropy": lambda: F.cross_entropy(head(embeddings), labels),
         "sampled_softmax": lambda: o.sampled_softmax(embeddings, labels, head.weight, head.bias)[0],
-        "value_function": lambda: o.value_function(x, reward)[0],
-        "policy_gradient": lambda: o.policy_gradient(x, reward, v)[0],
+        "value_function": lambda: o.value_function(*played(o.epsilon_greedy))[0],
+        "policy_gradient": lambda: o.policy_gradient(*played(o.sample_actions), v)[0],
     }
     return {name: lambda loss=loss: loss().backward() for name, loss in losses.items()}
 
 
-def from_notebook(*cells):
-    """What these cells of the notebook define, on the stand-in and in silence."""
+def step_of_notebook(n, n_steps=20):
+    """A function that returns the seconds of a training step of the notebook, by its own cells."""
     notebook = json.loads((Path(__file__).parent.parent / "training_objectives.ipynb").read_text())
     source = {cell["id"]: "".join(cell["source"]) for cell in notebook["cells"]}
     names = {"print": lambda *_: None}
-    settings = ["device", "ranks", "parameters", "optimizers", "resolve", "check-settings"]
-    for cell in ["find-objectives", "imports", *settings, *cells]:
-        exec(source[cell].replace('DATA = "cifar10"', 'DATA = "stand-in"'), names)
-    return names
-
-
-def network_step(n, n_classes, device):
-    """The training step of the tutorial's network, taken from the notebook's own cells."""
-    import torch
-
-    data = ["stand-in", "load-data", "on-device", "to-device", "prepare"]
-    names = from_notebook(*data, "whitening", "network", "batches", "train")
-    model = names["SmallCNN"](n_classes, names["WIDTH"]).to(
-        device, memory_format=torch.channels_last
+    for cell in ["find-objectives", "imports", "device", "network", "config", "predict", "train"]:
+        exec(source[cell], names)
+    for cell in ["stand-in", "data"]:
+        exec(source[cell], names)
+    classes, halves = names["stand_in"]()
+    data = names["Data"]("", classes, *(names["to_device"](*half) for half in halves))
+    softmax = lambda model, images, labels: names["objectives"].softmax_cross_entropy(  # noqa: E731
+        model(images), labels
     )
-    learned = [p for p in model.parameters() if p.requires_grad]
-    optimizer = names["OPTIMIZERS"][names["OPTIMIZER"]](learned, lr=names["LEARNING_RATE"])
-    scaler = torch.amp.GradScaler(device, enabled=False)
-    images, labels = (tensor[:n] for tensor in names["data"].train)
-    softmax = lambda model, images, labels: names["softmax_cross_entropy"](model(images), labels)  # noqa: E731
-    told = names["Told"](model, softmax)
-    return lambda: names["train_step"](told, optimizer, scaler, images, labels)
+    config = names["Config"](epochs=1, batch_size=n, n_images=n * n_steps, n_test=1)
+    train = lambda: names["train"](softmax, data, config, lambda text: None)  # noqa: E731
+    return lambda: train()[1][0]["seconds"] / n_steps
 
 
 def measure_overhead(case):
     import torch
 
     torch.set_num_threads(case["threads"])
-    n, device = 128, case["device"]
-    calls = {"training step": network_step(n, 10, device), **objective_calls(n, 10, device)}
-    rounds = [
-        {
-            name: statistics.median(times_of(call, case["slice"], device))
-            for name, call in calls.items()
-        }
-        for _ in range(1 + case["rounds"])
-    ][1:]  # the first calls are slower
-    return {name: [times[name] for times in rounds] for name in calls}
+    step, calls = step_of_notebook(128), objective_calls(128, 10, case["device"])
+    rounds = []
+    for _ in range(1 + case["rounds"]):
+        times = {"training step": step()}
+        for name, call in calls.items():
+            times[name] = statistics.median(times_of(call, case["slice"], case["device"]))
+        rounds.append(times)
+    return {name: [times[name] for times in rounds[1:]] for name in times}  # the first are slower
 
 
 def overhead_table(case):
@@ -306,34 +295,9 @@ def overhead_table(case):
         print(f"{name:30} {1e6 * statistics.median(seconds):>12.0f} {ratio(seconds, step):>16.2%}")
 
 
-def measure_race(case):
-    import torch
-
-    torch.set_num_threads(case["threads"])
-    torch.sparse.check_sparse_tensor_invariants.disable()
-    names = from_notebook("race-settings", "race", "race-loop")
-    return names["race"](case["method"], case["limit"])
-
-
-def race_table(case):
-    """The notebook's race on 100,000 classes with more time, so that full softmax gets far."""
-    limits = {"full": 240, "adaptive": 60, "uniform": 24, "log-uniform": 24}
-    curves = {
-        method: in_own_process("measure_race", {**case, "method": method, "limit": limit})
-        for method, limit in limits.items()
-    }
-    final = curves["full"][-1][1]
-    print(
-        "a race on 100,000 classes: accuracy, and seconds to 95% of full softmax's final accuracy"
-    )
-    for method, curve in curves.items():
-        there = next((f"{seconds:.2f}" for seconds, a in curve if a >= 0.95 * final), "not reached")
-        print(f"{method:12} {curve[-1][1]:6.1%} after {curve[-1][0]:6.1f} s   95%: {there}")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    tables = {"classes": classes_table, "race": race_table, "overhead": overhead_table}
+    tables = {"classes": classes_table, "overhead": overhead_table}
     parser.add_argument("tables", nargs="*", help=f"any of: {', '.join(tables)}; default: all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
