@@ -177,13 +177,14 @@ def sampled_softmax(
         _check("bias", bias, "floating", len(weight))
     t, told = (x.flatten() for x in _check_labels(labels, (*embeddings.shape[:-1], len(weight))))
     dtype = torch.promote_types(embeddings.dtype, torch.promote_types(weight.dtype, torch.float32))
-    if noise is None:
-        noise = _Uniform(len(weight), weight.device, dtype)
-    drawn, n = _draw(noise, n_samples, len(weight), generator), len(t)
+    drawn, n = _draw(noise, n_samples, weight, generator), len(t)
     # An example to leave out borrows a class that was drawn, so that no other row is touched.
     ids = torch.cat([torch.where(told, t, drawn[:1]), drawn])
-    log_q = noise.log_prob(ids)
-    _check("noise.log_prob(ids)", log_q, "floating", len(ids))
+    if noise is None:
+        log_q = torch.full_like(ids, -math.log(len(weight)), dtype=dtype)
+    else:
+        log_q = noise.log_prob(ids)
+        _check("noise.log_prob(ids)", log_q, "floating", len(ids))
     first, end = torch.searchsorted(drawn, torch.stack([t, t + 1]))
     k = n_samples - (end - first)
 
@@ -370,8 +371,9 @@ class LogUniform:
 
     def sample(self, shape: Sequence[int], *, generator: Generator | None = None) -> Tensor:
         """Class ids of this shape, int64, drawn independently."""
-        ids = (_uniform(shape, self.device, generator) * math.log(self.n_classes + 1)).exp().long()
-        return (ids - 1).clamp(max=self.n_classes - 1)  # exp may round up
+        u = torch.rand(shape, dtype=_widest(self.device), device=self.device, **_given(generator))
+        ids = (u * math.log(self.n_classes + 1)).exp().long() - 1
+        return ids.clamp(max=self.n_classes - 1)  # exp may round up
 
     def log_prob(self, ids: Tensor) -> Tensor:
         """log P(id) for ids of any shape, int64; float64, but float32 on Apple's GPUs."""
@@ -403,7 +405,8 @@ class ClassFrequencies:
 
     def sample(self, shape: Sequence[int], *, generator: Generator | None = None) -> Tensor:
         """Class ids of this shape, int64, drawn independently."""
-        u = _uniform(shape, self.cumulative.device, generator)
+        kind, device = self.cumulative.dtype, self.cumulative.device
+        u = torch.rand(shape, dtype=kind, device=device, **_given(generator))
         return torch.searchsorted(self.cumulative, u, right=True)
 
     def log_prob(self, ids: Tensor) -> Tensor:
@@ -411,39 +414,25 @@ class ClassFrequencies:
         return self.probabilities.take(ids).log()
 
 
-class _Uniform:
-    """Noise that is the same for all classes."""
-
-    def __init__(self, n_classes: int, device: torch.device, dtype: torch.dtype):
-        self.n_classes, self.device, self.dtype = n_classes, device, dtype
-
-    def sample(self, shape: Sequence[int], *, generator: Generator | None = None) -> Tensor:
-        return torch.randint(self.n_classes, shape, device=self.device, **_given(generator))
-
-    def log_prob(self, ids: Tensor) -> Tensor:
-        return torch.full_like(ids, -math.log(self.n_classes), dtype=self.dtype)
-
-
-def _draw(noise: Any, n_samples: int, n_classes: int, generator: Generator | None) -> Tensor:
+def _draw(noise: Any, n_samples: int, weight: Tensor, generator: Generator | None) -> Tensor:
     """Noise classes, sorted, to look labels up, and to visit memory in its order."""
     _check_range("n_samples", n_samples, 1, _FINITE, int)
+    given, size, n_classes = _given(generator), (n_samples,), len(weight)
+    if noise is None:
+        return torch.randint(n_classes, size, device=weight.device, **given).sort()[0]
     if isinstance(noise, type) or not (hasattr(noise, "sample") and hasattr(noise, "log_prob")):
         raise TypeError(f"noise must have sample(shape) and log_prob(ids), got {noise!r}")
     if getattr(noise, "n_classes", n_classes) != n_classes:
         raise ValueError(f"noise must be over C={n_classes} classes, got {noise.n_classes}")
-    drawn: Tensor = noise.sample((n_samples,), **_given(generator))
-    _check("noise.sample((n_samples,))", drawn, "int64", n_samples)
-    _check_range("noise.sample((n_samples,))", drawn, 0, n_classes - 1)
+    drawn: Tensor = noise.sample(size, **given)
+    _check("noise.sample(shape)", drawn, "int64", n_samples)
+    _check_range("noise.sample(shape)", drawn, 0, n_classes - 1)
     return drawn.sort()[0]
 
 
 def _given(generator: Generator | None) -> dict[str, Any]:
     """As an argument, left out if None: torch.compile knows no generator, not even that one."""
     return {} if generator is None else {"generator": generator}
-
-
-def _uniform(shape: Sequence[int], device: torch.device, generator: Generator | None) -> Tensor:
-    return torch.rand(shape, dtype=_widest(device), device=device, **_given(generator))
 
 
 def _widest(device: torch.device) -> torch.dtype:
