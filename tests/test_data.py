@@ -1,7 +1,6 @@
 """Images: a reader's own files of every kind, data sets of torchvision, the stand-in."""
 
 import os
-import re
 import socket
 import sys
 import tarfile
@@ -13,8 +12,6 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from bs4 import BeautifulSoup
-from nbconvert.filters import markdown2html
 from PIL import Image
 from test_notebook import CODE, ROOT, execute, notebook, run, view
 
@@ -224,22 +221,6 @@ def test_names_are_text_whatever_they_hold(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="such names cannot be folders there")
-def test_names_in_tables_are_text_whatever_they_hold(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    root = make_folder(tmp_path / "my $x_1$ | *b* [d](e) <i>", ["a", "b"], 12, 6)
-    found = run(notebook(tmp_path / "kept"), "sweep", "all-five")
-    found["data"], found["OTHER"] = found["load_data"](str(root)), root.name
-    variants = found["cross"]([found["softmax_cross_entropy"]], {root.name: {}})
-    _, small, _ = found["trial"]()
-    found["answer"]("How?", variants, (found["data"], small, [0]))
-    table = found["display"].tables()[-1]
-    assert not re.search(r"(?<!\\)\$", table)  # MathJax would set what is between two
-    page = BeautifulSoup(markdown2html(table), "html.parser")
-    rows = [[cell.text for cell in row.find_all(["td", "th"])] for row in page.find_all("tr")]
-    assert [len(row) for row in rows] == [3, 3]
-    assert rows[1][0] == f"softmax_cross_entropy, {root.name}"
-
-
 def test_guessing_is_the_share_of_the_commonest_class(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for half, counts in {"train": [5, 4, 3], "test": [1, 6, 3]}.items():

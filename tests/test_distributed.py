@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("objective", ["sampled_softmax", "policy_gradient"])
 def test_all_ranks_have_the_same_weights_and_draws_of_their_own(folder, objective):
     out = torchrun(folder, "several_devices.py", "images.pt", objective)
-    pattern = r"epoch (\d+), rank (\d) of 2: loss (-?\d+\.\d+), weights sum to (-?\d+\.\d{4})"
+    pattern = r"epoch (\d+), rank (\d): loss (-?\d+\.\d+), sum of weights (-?\d+\.\d{4})"
     lines = re.findall(pattern, out)
     by_rank = {rank: [line for line in lines if line[1] == rank] for rank in "01"}
     ours, theirs = (sorted(by_rank[rank]) for rank in "01")

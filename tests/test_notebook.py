@@ -35,7 +35,7 @@ CELLS = {cell.id: cell for cell in NOTEBOOK.cells}
 CODE = {name: cell.source for name, cell in CELLS.items() if cell.cell_type == "code"}
 OBJECTIVES = ["softmax_cross_entropy", "teacher_student", "sampled_softmax"]
 OBJECTIVES += ["value_function", "policy_gradient"]
-FIRST_TRAINING, LAST_OF_SETUP = "first", "section-helpers"
+FIRST_TRAINING, LAST_OF_SETUP = "first", "all-five"
 SETUP = list(CODE)[: list(CODE).index(LAST_OF_SETUP) + 1]
 TINY = {"DATA": "stand-in", "EPOCHS": 1, "BATCH_SIZE": 64, "WIDTH": 2, "N_IMAGES": 200}
 FEW_IMAGES = "stand_in = partial(stand_in, 300, 100)"
@@ -135,11 +135,6 @@ EXPERIMENTS = {
     for heading, names in sections("2,3").items()
     if re.match(r"\d+\. ", heading or "")
 }
-(HELPERS,) = (
-    names[: names.index(next(iter(EXPERIMENTS.values()))[0])]
-    for names in AFTER_SETUP.values()
-    if next(iter(EXPERIMENTS.values()))[0] in names
-)
 
 
 # The whole run
@@ -339,6 +334,10 @@ def test_every_section_runs_alone_after_the_set_up(set_up, section, tmp_path, mo
     namespace = set_up()
     apart = {name for names in EXPERIMENTS.values() for name in names}
     apart |= {name for name, source in CODE.items() if re.search(r"(?m)^[%!]", source)}
+    if section == "Side by side":  # of what has been trained
+        with pytest.raises(AssertionError, match="run a section first"):
+            run(namespace, "comparison")
+        run(namespace, "softmax-train", "value-settings", "value-train")
     run(namespace, *[name for name in AFTER_SETUP[section] if name not in apart])
     assert all(pixels.std() > 5 for pixels in namespace["display"].figures().values())
 
@@ -346,16 +345,11 @@ def test_every_section_runs_alone_after_the_set_up(set_up, section, tmp_path, mo
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_runs_alone_after_the_set_up(set_up, experiment, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    namespace = run(set_up(N_IMAGES=64), *HELPERS)
+    namespace = set_up(N_IMAGES=64)
     before = len(namespace["display"].figures())
     run(namespace, *EXPERIMENTS[experiment])
     figures = namespace["display"].figures()
     assert len(figures) > before and all("stand-in" in title for title in figures)
-
-
-def test_helpers_of_the_experiments_stand_before_the_sections():
-    """So that a reader who jumps from the contents to one of them finds what it calls."""
-    assert [name for name in HELPERS if name not in SETUP] == []
 
 
 # Finding objectives.py

@@ -424,5 +424,6 @@ def test_runs_of_other_settings_or_data_are_left_out_and_named(names, capsys):
     assert "value_function" in capsys.readouterr().out
     seven = [dataclasses.replace(configs[0], seed=7)]
     assert [*names["alike"](data, seven)] == ["value_function"]
-    assert [*names["alike"](dataclasses.replace(data, name="others"), configs)] == []
+    with pytest.raises(AssertionError, match="run a section first"):
+        names["alike"](dataclasses.replace(data, name="others"), configs)
     assert names["runs"]["value_function"][0].config.seed == 7
