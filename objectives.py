@@ -399,9 +399,10 @@ class ClassFrequencies:
         _check("counts", counts, "real or bool", "C")
         _check_range("counts", counts, 0, _FINITE)
         counts = counts.detach().to(_widest(counts.device))
-        _check_range("counts.sum()", counts.sum(), _ABOVE_0, _FINITE)
-        self.n_classes, self.probabilities = len(counts), counts / counts.sum()
-        self.cumulative = counts.cumsum(0) / counts.cumsum(0).max()  # ends at 1, without rounding
+        total, cumulative = counts.sum(), counts.cumsum(0)
+        _check_range("counts.sum()", total, _ABOVE_0, _FINITE)
+        self.n_classes, self.probabilities = len(counts), counts / total
+        self.cumulative = cumulative / cumulative.max()  # ends at 1, without rounding
 
     def sample(self, shape: Sequence[int], *, generator: Generator | None = None) -> Tensor:
         """Class ids of this shape, int64, drawn independently."""

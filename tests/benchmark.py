@@ -256,18 +256,21 @@ def step_of_notebook(n, n_steps=20):
     notebook = json.loads((Path(__file__).parent.parent / "training_objectives.ipynb").read_text())
     source = {cell["id"]: "".join(cell["source"]) for cell in notebook["cells"]}
     names = {"print": lambda *_: None}
-    for cell in ["find-objectives", "imports", "device", "network", "config", "predict", "train"]:
-        exec(source[cell], names)
-    for cell in ["stand-in", "data"]:
+    machinery = ["network", "config", "predict", "train", "stand-in", "data"]
+    for cell in ["find-objectives", "imports", "device", *machinery]:
         exec(source[cell], names)
     classes, halves = names["stand_in"]()
     data = names["Data"]("", classes, *(names["to_device"](*half) for half in halves))
-    softmax = lambda model, images, labels: names["objectives"].softmax_cross_entropy(  # noqa: E731
-        model(images), labels
-    )
     config = names["Config"](epochs=1, batch_size=n, n_images=n * n_steps, n_test=1)
-    train = lambda: names["train"](softmax, data, config, lambda text: None)  # noqa: E731
-    return lambda: train()[1][0]["seconds"] / n_steps
+
+    def softmax(model, images, labels):
+        return names["objectives"].softmax_cross_entropy(model(images), labels)
+
+    def seconds():
+        _, history, _ = names["train"](softmax, data, config, lambda text: None)
+        return history[0]["seconds"] / n_steps
+
+    return seconds
 
 
 def measure_overhead(case):

@@ -227,7 +227,7 @@ def test_guessing_is_the_share_of_the_commonest_class(tmp_path, monkeypatch):
         for name, n in zip("abc", counts):
             for k in range(n):
                 save(tmp_path / "own" / half / name / f"{k}.png")
-    found = run(notebook(tmp_path / "kept", DATA="own"), "sweep")
+    found = notebook(tmp_path / "kept", DATA="own")
     lines, plt = [], found["plt"]
     monkeypatch.setattr(plt.Axes, "axvline", lambda self, x, **_: lines.append(x))
     found["answer"]("How?", {"x": (found["softmax_cross_entropy"], {})}, found["trial"]())

@@ -19,7 +19,7 @@ import objectives
 def cells(tmp_path_factory):
     """All names of the set-up and of the experiments' helpers and objectives."""
     found = notebook(tmp_path_factory.mktemp("experiments"))
-    run(found, *[name for name in ["sweep", "all-five"] if name in CODE], "log")
+    run(found, "log")
     for cell, name in [("comparison", "epochs_to"), ("baseline", "gradient_variance")]:
         start = CODE[cell].index(f"def {name}(")
         execute(found, CODE[cell][start:].split("\n\n\n")[0])
