@@ -115,9 +115,9 @@ def teacher_student(
     # Large, but finite, where the teacher prefers a class that the student masks.
     from_teacher = from_teacher.clamp(max=torch.finfo(q.dtype).max / 8)
     loss = from_teacher + (1 - alpha) * -_at(log_p, t)
-    accuracy = _mean(log_p.argmax(-1) == t, told)
-    agreement = _mean(log_p.argmax(-1) == teacher_logits.argmax(-1), told)
-    return _mean(loss, told), {"accuracy": accuracy, "agreement": agreement}
+    best, taught = log_p.argmax(-1), teacher_logits.argmax(-1)
+    metrics = {"accuracy": _mean(best == t, told), "agreement": _mean(best == taught, told)}
+    return _mean(loss, told), metrics
 
 
 def sampled_softmax(
@@ -295,20 +295,21 @@ def policy_gradient(
     log_p = _scores(logits).log_softmax(-1)
     log_p_a, entropy = _at(log_p, actions), -(log_p.exp() * log_p).sum(-1)
     metrics = {"reward": _mean(r), "entropy": _mean(entropy).detach()}
-    log_q, advantage, loss = log_p_a.detach(), r, -entropy_weight * entropy
+    weight, advantage, loss = (log_p_a - log_p_a.detach()).exp(), r, -entropy_weight * entropy
     if propensities is not None:
         _check("propensities", propensities, "floating", *actions.shape)
         _check_range("propensities", propensities, _ABOVE_0, 1)
-        log_q = _wide(propensities.detach()).log()
-        metrics["weight"] = _mean((log_p_a.detach() - log_q).exp())
+        weight = (log_p_a - _wide(propensities.detach()).log()).exp()
+        metrics["weight"] = _mean(weight).detach()
     if baseline is not None:
         _check("baseline", baseline, "floating", *actions.shape)
-        x_v = _wide(baseline) + 0 * _wide(baseline)  # + 0, or NaN for an overflow
+        x_v = _wide(baseline)
+        x_v = x_v + 0 * x_v  # + 0, or NaN for an overflow
         v = x_v.detach().sigmoid()
         baseline_loss = F.binary_cross_entropy_with_logits(x_v, r, reduction="none")
         advantage, loss = r - v, loss + baseline_loss
         metrics["baseline"], metrics["baseline_loss"] = _mean(v), _mean(baseline_loss).detach()
-    return _mean(loss - advantage * (log_p_a - log_q).exp()), metrics
+    return _mean(loss - advantage * weight), metrics
 
 
 def epsilon_greedy(
