@@ -49,16 +49,19 @@ def network(names):
     return SimpleNamespace(model=model, images=names["normalise"](images), labels=labels, data=data)
 
 
-def test_a_prediction_is_the_mean_of_an_image_and_its_mirror(names, network):
-    images = network.data.test[0]
-    model, see = network.model.eval(), names["normalise"]
+@pytest.mark.parametrize("flip", [True, False])
+def test_a_prediction_is_the_mean_of_an_image_the_same_moved_and_their_mirrors(
+    names, network, flip
+):
+    """Moved by a pixel down and to the right, where the first row and column are repeated."""
+    images, model = network.data.test[0], network.model.eval()
+    moved = torch.nn.functional.pad(images[:, :, :-1, :-1].float(), (1, 0, 1, 0), mode="replicate")
+    views = [images.float(), moved]
+    views += [view.flip(3) for view in views] * flip
     with torch.no_grad():
-        mean = (model(see(images)) + model(see(images.flip(3)))) / 2
-        once = model(see(images))
-    torch.testing.assert_close(names["predict"](model, images, True), mean)
-    torch.testing.assert_close(names["predict"](model, images, False), once)
-    mirrored = names["predict"](model, images.flip(3), True)
-    assert torch.equal(names["predict"](model, images, True), mirrored)
+        mean = torch.stack([model((view - 120) / 64) for view in views]).mean(0)
+    torch.testing.assert_close(names["predict"](model, images, flip), mean, rtol=1e-4, atol=1e-5)
+    assert model.training
 
 
 @pytest.mark.parametrize("flip", [True, False])
@@ -74,8 +77,9 @@ def test_augmented_images_are_mirrored_and_moved_originals(names, flip, shift):
         for x in range(2 * shift + 1)
         for view in ([padded, padded.flip(3)] if flip else [padded])
     ]
-    config = names["Config"](flip=flip, shift=shift)
-    made = names["augment"](image.expand(1000, -1, -1, -1), config)
+    others = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
+    moved = names["windows"](torch.cat([others, image]), shift)
+    made = names["augment"](moved, torch.full((1000,), 4), flip)
     which = (made[:, None] == torch.stack(views, 1)).flatten(2).all(2).float()
     assert made.shape == (1000, 3, 8, 8) and (which.sum(1) == 1).all()
     expected = 1000 / len(views)
@@ -92,6 +96,49 @@ def test_whitened_patches_are_white(names):
     answers = torch.nn.functional.conv2d(images, filters, stride=2).transpose(0, 1).flatten(1)
     second_moments = answers @ answers.T / answers.shape[1]
     assert (second_moments - torch.eye(24)).abs().max() < 0.01
+
+
+# The optimiser
+
+
+@pytest.mark.parametrize("shape", [(8, 30), (30, 8), (16, 16)])
+def test_orthogonalising_keeps_singular_vectors_and_evens_out_singular_values(names, shape):
+    """The values are those that the polynomial makes of the matrix's, one at a time."""
+    torch.manual_seed(0)
+    matrix = torch.randn(shape, dtype=torch.float64)
+    names["torch"].set_default_dtype(torch.float64)
+    made = names["orthogonal"](matrix)
+    names["torch"].set_default_dtype(torch.float32)
+    u, values, v = torch.linalg.svd(matrix, full_matrices=False)
+    expected = values / values.square().sum().sqrt()
+    for _ in range(3):
+        expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
+    torch.testing.assert_close(made, u @ expected.diag() @ v)
+    assert expected.max() / expected.min() < values.max() / values.min()
+
+
+def test_muon_moves_kernels_by_orthogonal_steps_and_all_else_like_adamw(names):
+    """With momentum 0.95 as Nesterov has it, and decoupled decay for all."""
+    torch.manual_seed(0)
+    start = {"kernel": torch.randn(6, 4, 3, 3), "weight": torch.randn(5, 6), "bias": torch.randn(6)}
+    ours, others = ({n: p.clone().requires_grad_() for n, p in start.items()} for _ in range(2))
+    how = {"lr": 0.02, "weight_decay": 0.3}
+    muon = names["Muon"]([*ours.values()], **how)
+    adamw = torch.optim.AdamW([others["weight"], others["bias"]], **how)
+    kernel, momentum = start["kernel"].clone(), torch.zeros(6, 4, 3, 3)
+    for _ in range(4):
+        for name, parameter in ours.items():
+            parameter.grad = torch.randn_like(parameter)
+            others[name].grad = parameter.grad.clone()
+        gradient = others["kernel"].grad
+        momentum = 0.95 * momentum + 0.05 * gradient
+        step = names["orthogonal"]((0.05 * gradient + 0.95 * momentum).reshape(6, 36))
+        kernel = kernel * (1 - 0.02 * 0.3) - 0.02 * 0.2 * 6 * step.reshape(6, 4, 3, 3)
+        muon.step()
+        adamw.step()
+    torch.testing.assert_close(ours["kernel"].detach(), kernel)
+    for name in ["weight", "bias"]:
+        torch.testing.assert_close(ours[name], others[name])
 
 
 def spy_on(monkeypatch, name):
@@ -197,7 +244,10 @@ def group(*accuracies, **metrics):
     """Runs with these accuracies, one for each seed."""
     return [
         SimpleNamespace(
-            accuracy=a, objective="value_function", history=[{"test_accuracy": a} | metrics]
+            accuracy=a,
+            objective="value_function",
+            history=[{"test_accuracy": a} | metrics],
+            guessing=0.12,
         )
         for a in accuracies
     ]
@@ -239,6 +289,20 @@ def test_an_accuracy_of_several_seeds_is_its_mean_and_standard_deviation(names):
     mean, spread = (100 * f(some) for f in [statistics.mean, statistics.stdev])
     near = partial(pytest.approx, abs=0.051)
     assert numbers(names["percent"](group(*some))) == [near(mean), near(spread)]
+
+
+@pytest.mark.parametrize("accuracies", [[0.1], [0.119], [0.08, 0.14, 0.12]])
+def test_guessing_is_called_guessing(names, accuracies):
+    assert "guessing" in names["percent"](group(*accuracies))
+    assert "guessing" not in names["percent"](group(*[a + 0.04 for a in accuracies]))
+
+
+def test_guessing_is_the_share_of_the_commonest_class_and_two_standard_errors(names):
+    data, (config,) = names["settings"]()
+    labels = torch.tensor([3] * 60 + [1] * 40)
+    data = replace(data, test=(data.test[0][:1].expand(100, -1, -1, -1), labels))
+    run = names["train_once"](names["softmax_cross_entropy"], data, config, print)
+    assert run.guessing == pytest.approx(0.6 + 2 * (0.6 * 0.4 / 100) ** 0.5)
 
 
 @pytest.mark.parametrize(

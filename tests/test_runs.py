@@ -98,7 +98,7 @@ def test_zero_and_an_empty_list_mean_the_default(names):
         names[name] = 0
     names["SEEDS"] = []
     _, configs = names["settings"]()
-    assert configs == [names["Config"]()]
+    assert configs == [names["Config"](optimizer=names["OPTIMIZER"])]
     config = configs[0]
     assert min(config.epochs, config.batch_size, config.learning_rate, config.width) > 0
     assert config.n_images is None
@@ -266,7 +266,7 @@ def test_a_finished_training_is_found_again_after_a_restart(names, tmp_path):
 
 
 FIELDS = {"epochs": 2, "batch_size": 50, "learning_rate": 0.1, "optimizer": "Adam", "width": 4}
-FIELDS |= {"flip": False, "shift": 1, "seed": 1, "n_images": 70, "n_test": 50}
+FIELDS |= {"flip": False, "shift": 2, "seed": 1, "n_images": 70, "n_test": 50}
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -287,8 +287,8 @@ def test_a_student_of_another_teacher_is_another(names):
     assert trained == [True, True, False]
 
 
-PARTS = ["train", "build", "augment", "normalise", "predict", "whitening_filters", "convolution"]
-PARTS += ["small_cnn", "softmax_cross_entropy"]
+PARTS = ["train", "build", "windows", "augment", "normalise", "predict", "whitening_filters"]
+PARTS += ["convolution", "orthogonal", "small_cnn", "softmax_cross_entropy"]
 
 
 @pytest.mark.parametrize("function", PARTS)

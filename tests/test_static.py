@@ -59,7 +59,7 @@ def style():
     plt = SimpleNamespace(rcParams={})
     tree = ast.parse(CODE["style"])
     wanted = [node for node in tree.body if not isinstance(node, ast.Import | ast.ImportFrom)]
-    names = {"plt": plt}
+    names = {"plt": plt, "FIVE": OBJECTIVES}
     exec(ast.unparse(ast.Module(wanted, [])), names)
     return SimpleNamespace(**names)
 
