@@ -147,7 +147,7 @@ def saved_texts(cells):
         yield from output.get("traceback", [])
         for kind, value in output.get("data", {}).items():
             if not kind.startswith("image/"):
-                yield json.dumps(value)
+                yield json.dumps(value, ensure_ascii=False)
 
 
 def check_run(cells):
@@ -270,6 +270,34 @@ def test_sources_in_the_stored_run_are_those_of_the_module_and_the_notebook():
     shown = [functions(code) for code in re.findall(r"(?ms)^```python\n(.*?)\n```$", text)]
     assert len(shown) >= 9 and all(source.items() <= known for source in shown)
     assert {*OBJECTIVES} <= {name for source in shown for name in source}
+
+
+README = (ROOT / "README.md").read_text()
+OTHER_RUNS = ["A million classes", "The recipe"]  # quote the benchmark and earlier networks
+
+
+def rows(text):
+    """The cells of the rows of Markdown tables."""
+    lines = re.findall(r"(?m)^\|(.+)\|$", text)
+    return [[cell.strip() for cell in line.split("|")] for line in lines]
+
+
+def test_prose_and_readme_quote_numbers_of_the_stored_run():
+    """Every mean with its spread, and every percentage with a decimal."""
+    displayed, titles = check_run(NOTEBOOK.cells)
+    known = "\n".join([displayed, *titles])
+    prose = [cell.source for cell in NOTEBOOK.cells if cell.cell_type == "markdown"]
+    prose += [s for s in README.split("\n## ") if s.split("\n")[0] not in OTHER_RUNS]
+    quoted = re.findall(r"\d+\.\d ± \d+\.\d|(?<![±\d.] )\b\d+\.\d(?= %)", "\n".join(prose))
+    assert len(quoted) > 40 and [n for n in quoted if n not in known] == []
+
+
+def test_the_main_table_of_readme_is_that_of_the_stored_run():
+    (output,) = [o for o in CELLS["comparison"].outputs if "text/markdown" in o.get("data", {})]
+    stored = [row for row in rows(output.data["text/markdown"]) if row[0] in OBJECTIVES]
+    quoted = [row for row in rows(README) if row[0].strip("`") in OBJECTIVES]
+    assert len(stored) == 5
+    assert [[row[0].strip("`"), *row[2:]] for row in quoted] == stored
 
 
 def test_figures_stored_and_attached_have_alternative_texts():

@@ -122,7 +122,7 @@ def test_a_changed_form_counts_in_the_next_experiment_and_figure(names, tmp_path
     settings_cell(names, **{name: value, "RUNS": str(tmp_path / "runs")})
     assert getattr(names["trial"]()[1], field) == value
     _, model = names["half_trained"](names["softmax_cross_entropy"])
-    config = names["every_run"][model.key].config
+    config = names["every_run"][model.key]["config"]
     assert name == "N_IMAGES" or getattr(config, field) == value
 
 
