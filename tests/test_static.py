@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_notebook import CELLS, CODE, OBJECTIVES, ROOT
+from test_notebook import CELLS, CODE, OBJECTIVES, README, ROOT
 
 PROSE = {name: cell.source for name, cell in CELLS.items() if cell.cell_type == "markdown"}
 WITHOUT_CODE = re.sub(r"(?ms)^```.*?^```$", "", "\n\n".join(PROSE.values()))
@@ -127,9 +127,6 @@ def test_type_hints_are_complete_and_consistent(tmp_path):
 
 
 # README
-
-
-README = (ROOT / "README.md").read_text()
 
 
 def test_readme_names_only_files_that_exist():
