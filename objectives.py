@@ -188,19 +188,19 @@ def sampled_softmax(
     first, end = torch.searchsorted(drawn, torch.stack([t, t + 1]))
     k = n_samples - (end - first)
 
-    e = embeddings.reshape(n, weight.shape[1]).to(dtype)
-    w = F.embedding(ids, weight, sparse=sparse).to(dtype)
-    b = 0 if bias is None else bias.gather(0, ids, sparse_grad=sparse).to(dtype)
+    e, sizes = embeddings.reshape(n, weight.shape[1]).to(dtype), [n, n_samples]
+    w_t, w_c = F.embedding(ids, weight, sparse=sparse).to(dtype).split(sizes)
     # log(k / (1 - q_t)), which all noise scores lack, is on the label's: one number, not k of them.
     # Where it is infinite there is no noise, and any number does.
     log_k = (k.clamp(min=1) / (1 - log_q[:n].exp())).clamp(max=torch.finfo(log_q.dtype).max).log()
-    b = torch.cat([log_k, -log_q[n:]]).to(dtype) + b
+    b = 0 if bias is None else bias.gather(0, ids, sparse_grad=sparse)
+    b_t, b_c = (b + torch.cat([log_k, -log_q[n:]])).to(dtype).split(sizes)
     with torch.autocast("cpu" if e.is_meta else e.device.type, enabled=False):
-        x_t, x_c = (e * w[:n]).sum(1) + b[:n], torch.addmm(b[n:], e, w[n:].T)
+        x_t, x_c = (e * w_t).sum(1) + b_t, torch.addmm(b_c, e, w_c.T)
     if _extremes(k, (0, 0))[0] < n_samples:  # seldom, where classes are many, and dear
         x_c = x_c.masked_fill(drawn == t[:, None], -math.inf)
-    x = torch.cat([x_t[:, None], x_c], 1)
-    loss = F.cross_entropy(x, torch.zeros_like(t), reduction="none")
+    m = torch.maximum(x_t.detach(), x_c.detach().amax(1))  # so that no exponential overflows
+    loss = ((x_t - m).exp() + (x_c - m[:, None]).exp().sum(1)).log() - (x_t - m)
     return _mean(loss, told), {"kept": _mean(k / n_samples, told)}
 
 
