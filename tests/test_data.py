@@ -220,20 +220,6 @@ def test_names_are_text_whatever_they_hold(tmp_path, monkeypatch):
     assert [name.replace(r"\$", "$") for name in found["data"].classes] == sorted(NAMES)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="such names cannot be folders there")
-def test_guessing_is_the_share_of_the_commonest_class(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for half, counts in {"train": [5, 4, 3], "test": [1, 6, 3]}.items():
-        for name, n in zip("abc", counts):
-            for k in range(n):
-                save(tmp_path / "own" / half / name / f"{k}.png")
-    found = notebook(tmp_path / "kept", DATA="own")
-    lines, plt = [], found["plt"]
-    monkeypatch.setattr(plt.Axes, "axvline", lambda self, x, **_: lines.append(x))
-    found["answer"]("How?", {"x": (found["softmax_cross_entropy"], {})}, found["trial"]())
-    assert lines == [pytest.approx(0.6)]
-
-
 def test_a_resnet_trains_where_one_image_is_left_over(tmp_path):
     found = run(notebook(tmp_path, last="first"))
     execute(found, CODE["deeper"].split("\n\n\n")[0])
