@@ -256,12 +256,12 @@ def step_of_notebook(n, n_steps=20):
     notebook = json.loads((Path(__file__).parent.parent / "training_objectives.ipynb").read_text())
     source = {cell["id"]: "".join(cell["source"]) for cell in notebook["cells"]}
     names = {"print": lambda *_: None}
-    machinery = ["network", "config", "predict", "train", "stand-in", "data"]
+    machinery = ["network", "config", "predict", "train", "stand-in", "data", "optimizers"]
     for cell in ["find-objectives", "imports", "device", *machinery]:
         exec(source[cell], names)
     classes, halves = names["stand_in"]()
     data = names["Data"]("", classes, *(names["to_device"](*half) for half in halves))
-    config = names["Config"](epochs=1, batch_size=n, n_images=n * n_steps, n_test=1)
+    config = names["Config"](1, n, optimizer="Muon", n_images=n * n_steps, n_test=1)
 
     def softmax(model, images, labels):
         return names["objectives"].softmax_cross_entropy(model(images), labels)
