@@ -189,12 +189,12 @@ def sampled_softmax(
     k = n_samples - (end - first)
 
     e, sizes = embeddings.reshape(n, weight.shape[1]).to(dtype), [n, n_samples]
-    w_t, w_c = F.embedding(ids, weight, sparse=sparse).to(dtype).split(sizes)
+    w_t, w_c = F.embedding(ids, weight, sparse=sparse).to(dtype).split_with_sizes(sizes)
     # log(k / (1 - q_t)), which all noise scores lack, is on the label's: one number, not k of them.
     # Where it is infinite there is no noise, and any number does.
     log_k = (k.clamp(min=1) / (1 - log_q[:n].exp())).clamp(max=torch.finfo(log_q.dtype).max).log()
     b = 0 if bias is None else bias.gather(0, ids, sparse_grad=sparse)
-    b_t, b_c = (b + torch.cat([log_k, -log_q[n:]])).to(dtype).split(sizes)
+    b_t, b_c = (b + torch.cat([log_k, -log_q[n:]])).to(dtype).split_with_sizes(sizes)
     with torch.autocast("cpu" if e.is_meta else e.device.type, enabled=False):
         x_t, x_c = (e * w_t).sum(1) + b_t, torch.addmm(b_c, e, w_c.T)
     if _extremes(k, (0, 0))[0] < n_samples:  # seldom, where classes are many, and dear
