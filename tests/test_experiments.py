@@ -72,11 +72,11 @@ def test_augmented_images_are_mirrored_and_moved_originals(names, mirrored, shif
     torch.manual_seed(0)
     image = torch.randint(256, (1, 3, 8, 8), dtype=torch.uint8)
     padded = torch.nn.functional.pad(image.float(), (shift,) * 4, mode="replicate").byte()
+    padded = padded.flip(3) if mirrored else padded
     views = [
-        view[..., y : y + 8, x : x + 8]
+        padded[..., y : y + 8, x : x + 8]
         for y in range(2 * shift + 1)
         for x in range(2 * shift + 1)
-        for view in [padded.flip(3) if mirrored else padded]
     ]
     others = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
     moved = names["windows"](torch.cat([others, image]), shift)
@@ -266,15 +266,9 @@ def test_the_gradient_shown_of_a_policy_is_that_of_its_equation(anatomies):
 
 def group(*accuracies, **metrics):
     """Runs with these accuracies, one for each seed."""
-    return [
-        SimpleNamespace(
-            accuracy=a,
-            objective="value_function",
-            history=[{"test_accuracy": a} | metrics],
-            guessing=0.12,
-        )
-        for a in accuracies
-    ]
+    same = {"objective": "value_function", "guessing": 0.12}
+    histories = [[{"test_accuracy": a} | metrics] for a in accuracies]
+    return [SimpleNamespace(accuracy=h[0]["test_accuracy"], history=h, **same) for h in histories]
 
 
 def numbers(text):
@@ -347,6 +341,13 @@ def answer(names, found, *metrics):
     head, _, *rows = [line.strip("| ").split(" | ") for line in table.split("\n")]
     (title,) = names["display"].figures()
     return [dict(zip(head, [cell.strip() for cell in row])) for row in rows], title
+
+
+def test_the_line_of_an_answer_is_where_its_table_ends_to_say_guessing(names, monkeypatch):
+    lines = []
+    monkeypatch.setattr(names["plt"].Axes, "axvline", lambda self, x, **_: lines.append(x))
+    answer(names, {"a": group(0.5, 0.6), "b": group(0.7, 0.8)})
+    assert lines == [0.12]
 
 
 def test_an_answer_says_how_far_each_variant_is_from_the_best(names):
