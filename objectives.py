@@ -12,9 +12,9 @@ Letters: C classes or actions, D embedding size, x = logits (scores) of one exam
 t = its label, a = its action, r = its reward. [...] are any leading dimensions, or none. Inputs are
 float16, bfloat16, float32 or float64; the arithmetic is at least float32, also under autocast. A
 logit of -inf masks a class or action: its probability and gradient are 0, it is never chosen; it
-must not be the label, and not all of an example may be masked. Any other score that is not finite
-makes the loss so, too, so that a GradScaler sees it. A label of -100 leaves its example out of
-loss, gradient, metrics and mean.
+must be neither the label nor the action taken, and not all of an example may be masked. Any other
+score that is not finite makes the loss so, too, so that a GradScaler sees it. A label of -100
+leaves its example out of loss, gradient, metrics and mean, provided that its scores obey the above.
 
 A wrong type or dtype raises TypeError, a wrong shape or value ValueError; both name the argument.
 The values of tensors (labels in range, rewards between 0 and 1) are checked on the CPU alone, and
@@ -31,6 +31,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -69,7 +70,7 @@ def softmax_cross_entropy(logits: Tensor, labels: Tensor) -> Loss:
     _check("logits", logits, "floating", "...", "C")
     t, told = _check_labels(labels, logits.shape)
     log_p = _wide(logits).log_softmax(-1)
-    return _mean(-_at(log_p, t), told), {"accuracy": _mean(log_p.argmax(-1) == t, told)}
+    return _mean(-_at(log_p, t), told), {"accuracy": _mean(logits.argmax(-1) == t, told)}
 
 
 def teacher_student(
@@ -115,7 +116,7 @@ def teacher_student(
     # Large, but finite, where the teacher prefers a class that the student masks.
     from_teacher = from_teacher.clamp(max=torch.finfo(q.dtype).max / 8)
     loss = from_teacher + (1 - alpha) * -_at(log_p, t)
-    best, taught = log_p.argmax(-1), teacher_logits.argmax(-1)
+    best, taught = logits.argmax(-1), teacher_logits.argmax(-1)
     metrics = {"accuracy": _mean(best == t, told), "agreement": _mean(best == taught, told)}
     return _mean(loss, told), metrics
 
@@ -185,6 +186,7 @@ def sampled_softmax(
     else:
         log_q = noise.log_prob(ids)
         _check("noise.log_prob(ids)", log_q, "floating", len(ids))
+        log_q = log_q.detach()
     first, end = torch.searchsorted(drawn, torch.stack([t, t + 1]))
     k = n_samples - (end - first)
 
@@ -201,7 +203,7 @@ def sampled_softmax(
         x_c = x_c.masked_fill(drawn == t[:, None], -math.inf)
     m = torch.maximum(x_t.detach(), x_c.detach().amax(1))  # so that no exponential overflows
     loss = ((x_t - m).exp() + (x_c - m[:, None]).exp().sum(1)).log() - (x_t - m)
-    return _mean(loss, told), {"kept": _mean(k / n_samples, told)}
+    return _mean(loss, told), {"kept": _mean(_wide(k) / n_samples, told)}
 
 
 def value_function(
@@ -328,9 +330,9 @@ def epsilon_greedy(
     _check("logits", logits, "floating", "...", "C")
     _check_range("epsilon", epsilon, 0, 1, Real)
     # The largest of C uniform numbers is at any action with the same probability.
-    lottery = torch.rand(logits.shape, device=logits.device, **_given(generator))
-    anything = lottery.masked_fill(logits == -math.inf, -1).argmax(-1)
-    explore = torch.rand(logits.shape[:-1], device=logits.device, **_given(generator)) < epsilon
+    uniform = partial(torch.rand, dtype=torch.float32, device=logits.device, **_given(generator))
+    anything = uniform(logits.shape).masked_fill(logits == -math.inf, -1).argmax(-1)
+    explore = uniform(logits.shape[:-1]) < epsilon
     return torch.where(explore, anything, logits.argmax(-1))
 
 
@@ -464,6 +466,7 @@ def _at(x: Tensor, ids: Tensor) -> Tensor:
 
 def _mean(values: Tensor, told: Tensor | None = None) -> Tensor:
     """The mean, or that of the examples told about, without overflow on the way; 0 of nothing."""
+    values = _wide(values)
     if told is None:
         return (values / max(values.numel(), 1)).sum()
     return (torch.where(told, values, 0.0) / told.sum().clamp(min=1)).sum()

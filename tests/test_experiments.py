@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_notebook import CODE, OBJECTIVES, execute, notebook, run
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import objectives
 
@@ -163,6 +165,40 @@ def test_muon_moves_kernels_by_orthogonal_steps_and_all_else_like_adamw(names):
     torch.testing.assert_close(ours["kernel"].detach(), kernel)
     for name in ["weight", "bias"]:
         torch.testing.assert_close(ours[name], others[name])
+
+
+class Crossings(TorchDispatchMode):
+    """Collect the operations that move numbers from one device to another."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **kwargs or {})
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        self.found += [operation] * (len({tensor.device for tensor in tensors}) > 1)
+        return result
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_training_step_never_waits_for_the_device(names, network, monkeypatch, name):
+    """On the meta device there are no numbers: to ask for one is an error, and to fetch one from
+    the CPU, for which a GPU would wait as well, is seen."""
+    monkeypatch.setitem(names, "PRECISION", torch.float16)  # a fused AdamW knows no meta device
+    model, objective = network.model.to("meta"), names[name]
+    if name == "teacher_student":
+        objective = partial(objective, teacher=model)
+    muon = names["Muon"]([p for p in model.parameters() if p.requires_grad], 0.1, weight_decay=0.1)
+    images, labels = (x.to("meta") for x in network.data.train)
+    with Crossings() as crossings:
+        batch = torch.randperm(len(images), device="meta")[:20]
+        moved = names["windows"](images, 1)
+        batch_of_images = names["augment"](moved, batch, labels > 4)
+        loss, _ = objective(model, names["normalise"](batch_of_images), labels[batch])
+        loss.backward()
+        muon.step()
+    assert loss.is_meta and crossings.found == []
 
 
 def spy_on(monkeypatch, name):

@@ -316,6 +316,9 @@ def test_accuracy_and_agreement_count_highest_logits():
     assert softmax_cross_entropy(x, labels)[1]["accuracy"] == 0.5
     _, metrics = teacher_student(x, labels, x[[0, 1, 3, 3]])
     assert metrics["agreement"] == 0.75 and metrics["accuracy"] == 0.5
+    near, label = torch.tensor([[0.0, 1e-9, -1.0]]), torch.tensor([1])
+    assert softmax_cross_entropy(near, label)[1]["accuracy"] == 1
+    assert all(value == 1 for value in teacher_student(near, label, near)[1].values())
 
 
 # Both bandits, on one row of logits: each action's loss and its gradient
@@ -474,6 +477,26 @@ def test_epsilon_greedy_follows_the_propensity_of_its_docstring(dtype, row, epsi
     allowed = (row > -INF).double()
     p = (1 - epsilon) * EYE[row.argmax()] + epsilon * allowed / allowed.sum()
     check_frequencies(epsilon_greedy(row.to(dtype).expand(DRAWS, C), epsilon), p)
+
+
+@pytest.fixture
+def coarse():
+    """PyTorch's default type is so while the test runs."""
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_exploration_is_even_whatever_the_default_type(coarse):
+    torch.manual_seed(0)
+    p = torch.full([200], 1 / 200, dtype=torch.float64)
+    check_frequencies(epsilon_greedy(torch.zeros(DRAWS, 200, dtype=torch.float32), 1.0), p)
+
+
+@every_objective
+def test_metrics_are_at_least_float32_whatever_the_default_type(coarse, name):
+    _, metrics, _ = evaluate(name, **cast(CASES[name], torch.bfloat16))
+    assert all(value.dtype == torch.float32 for value in metrics.values())
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

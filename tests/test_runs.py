@@ -265,8 +265,20 @@ def test_a_finished_training_is_found_again_after_a_restart(names, tmp_path):
     assert torch.equal(a, b)
 
 
+def test_two_processes_may_finish_the_same_training_at_once(names, monkeypatch):
+    save = torch.save
+
+    def save_twice(value, path):
+        monkeypatch.setattr(torch, "save", save)
+        save(value, path)
+        assert train(names)[1]  # the other one, which does not find this one yet
+
+    monkeypatch.setattr(torch, "save", save_twice)
+    assert train(names)[1] and not train(names)[1]
+
+
 FIELDS = {"epochs": 2, "batch_size": 50, "learning_rate": 0.1, "optimizer": "Adam", "width": 4}
-FIELDS |= {"flip": False, "shift": 2, "seed": 1, "n_images": 70, "n_test": 50}
+FIELDS |= {"stride": 1, "flip": False, "shift": 2, "seed": 1, "n_images": 70, "n_test": 50}
 
 
 @pytest.mark.parametrize("field", FIELDS)

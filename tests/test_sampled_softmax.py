@@ -67,6 +67,14 @@ def test_loss_and_gradients_are_those_of_the_definition(noise, drawn):
     assert metrics["kept"].item() == pytest.approx(sum(kept) / len(kept))
 
 
+def test_noise_is_not_taught():
+    logits = COUNTS.log().requires_grad_()
+    noise, (e, labels, weight, bias) = Categorical(logits=logits), problem()
+    for _ in range(2):
+        sampled_softmax(e, labels, weight, bias, noise=noise)[0].backward()
+    assert logits.grad is None and weight.grad is not None
+
+
 @every_noise
 @pytest.mark.parametrize("n_samples", [1, 3])
 def test_sum_over_other_classes_is_unbiased_if_something_was_kept(noise, n_samples):
