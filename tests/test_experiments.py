@@ -193,9 +193,8 @@ def test_a_training_step_never_waits_for_the_device(names, network, monkeypatch,
     images, labels = (x.to("meta") for x in network.data.train)
     with Crossings() as crossings:
         batch = torch.randperm(len(images), device="meta")[:20]
-        moved = names["windows"](images, 1)
-        batch_of_images = names["augment"](moved, batch, labels > 4)
-        loss, _ = objective(model, names["normalise"](batch_of_images), labels[batch])
+        augmented = names["augment"](names["windows"](images, 1), batch, labels > 4)
+        loss, _ = objective(model, names["normalise"](augmented), labels[batch])
         loss.backward()
         muon.step()
     assert loss.is_meta and crossings.found == []
