@@ -121,6 +121,16 @@ def test_images_are_cropped_to_squares_not_squeezed(names, size):
     assert pixels.shape == (32, 32, 3) and np.abs(pixels[4:-4, 4:-4].astype(int) - RED).max() < 5
 
 
+@pytest.mark.parametrize("name", ["x.png", "x.jpg"])
+def test_a_large_image_shrinks_evenly(names, name):
+    """Each pixel is the mean of 30 x 30, however a decoder shortens its work."""
+    ramp = np.linspace(0, 255, 1280)
+    save(Path(name), Image.fromarray(np.uint8(np.tile(ramp.round(), (960, 1)))))
+    pixels = names.read_image(Path(name)).astype(int)
+    expected = ramp[160:-160].reshape(32, 30).mean(1)[:, None]
+    assert np.abs(pixels - expected).max() < 3
+
+
 # A folder
 
 

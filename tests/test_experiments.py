@@ -430,11 +430,12 @@ def log(cells):
     one = data.train[0][:1].expand(3000, -1, -1, -1)
     images = torch.cat([data.train[0], one]), torch.cat([data.train[1], torch.full([3000], 3)])
     data = replace(data, train=images)
-    kept = cells["write_log"](data, config)
+    kept = cells["write_log"](data, replace(config, n_images=None))
     half = replace(config, epochs=1, n_images=12_800)
     old = cells["train_once"](cells["policy_gradient"], data, half, print)
     assert old.model.key == [*cells["every_run"]][-1]
-    return SimpleNamespace(data=data, kept=kept, old=old, flip=config.flip)
+    few = cells["write_log"](data, replace(config, n_images=100))
+    return SimpleNamespace(data=data, kept=kept, few=few, old=old, flip=config.flip)
 
 
 def test_propensities_are_the_probabilities_of_the_policy_that_chose(cells, log):
@@ -462,6 +463,8 @@ def test_a_log_holds_no_labels_and_tests_are_those_of_the_data(log):
     assert torch.equal(log.kept.train[0], log.data.train[0])
     assert log.kept.train[1].shape == (len(log.data.train[1]), 3)
     assert log.kept.test is log.data.test
+    for few, kept in zip(log.few.train, log.kept.train):
+        assert torch.equal(few, kept[:100])
 
 
 def test_who_learns_from_a_log_is_given_its_columns(names, network, monkeypatch):

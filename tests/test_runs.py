@@ -98,8 +98,8 @@ def test_zero_and_an_empty_list_mean_the_default(names):
         names[name] = 0
     names["SEEDS"] = []
     _, configs = names["settings"]()
-    assert configs == [names["Config"](optimizer=names["OPTIMIZER"])]
     config = configs[0]
+    assert configs == [names["Config"](optimizer=names["OPTIMIZER"], n_test=config.n_test)]
     assert min(config.epochs, config.batch_size, config.learning_rate, config.width) > 0
     assert config.n_images is None
 
@@ -143,10 +143,12 @@ def test_full_comes_from_the_form_or_the_environment(names, monkeypatch):
     def size(form, variable):
         names["FULL"] = form
         monkeypatch.setenv("FULL", variable)
-        _, config, seeds = names["trial"]()
-        return config.n_images, len(seeds)
+        (_, config, seeds), (_, configs) = names["trial"](), names["settings"]()
+        return config.n_images, len(seeds), configs[0].n_test or math.inf
 
-    assert size(False, "") == size(False, "0") < size(True, "") == size(False, "1")
+    quick, full = size(False, ""), size(True, "")
+    assert quick == size(False, "0") and full == size(False, "1")
+    assert all(less < more for less, more in zip(quick, full)) and full[2] == math.inf
 
 
 def test_home_in_the_folder_of_runs_is_the_readers(names, tmp_path, monkeypatch):
