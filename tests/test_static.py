@@ -1,14 +1,17 @@
 """What needs no run: the notebook's headings, links, equations and colours; type hints; README."""
 
 import ast
+import html
 import itertools
 import re
+import subprocess
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_notebook import CELLS, CODE, OBJECTIVES, README, ROOT
+from test_notebook import CELLS, CODE, OBJECTIVES, PATH, README, ROOT
 
 PROSE = {name: cell.source for name, cell in CELLS.items() if cell.cell_type == "markdown"}
 WITHOUT_CODE = re.sub(r"(?ms)^```.*?^```$", "", "\n\n".join(PROSE.values()))
@@ -135,6 +138,18 @@ def test_readme_names_only_files_that_exist():
     assert names and [n for n in names if not (ROOT / n).exists() and n not in made] == []
     for target in re.findall(r"\]\(([^)#\s]+)\)", README):
         assert "://" in target or (ROOT / target).exists(), target
+
+
+def test_the_page_that_readme_makes_says_what_every_figure_shows(tmp_path):
+    options = re.search(r"(nbconvert .*) runs/", README)[1].split()
+    command = [sys.executable, "-m", "jupyter", *options, "--output-dir", tmp_path, PATH]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0 and "WARNING" not in finished.stderr, finished.stderr
+    page = (tmp_path / PATH.with_suffix(".html").name).read_text()
+    said = [html.unescape(text) for text in re.findall(r'<img\b[^>]*\balt="([^"]*)"', page)]
+    outputs = [output for cell in CELLS.values() for output in cell.get("outputs", [])]
+    pictures = [o.metadata["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+    assert len(pictures) > 20 and not Counter(p["alt"] for p in pictures) - Counter(said)
 
 
 def test_what_only_tests_need_is_not_installed_for_readers():
