@@ -65,6 +65,7 @@ def page(request, browser, tmp_path_factory):
     page.set_default_timeout(120_000)
     page.route(lambda url: not HERE.match(url), lambda route: route.abort())
     page.messages = []
+    page.on("pageerror", lambda error: page.messages.append(str(error)))
     page.on("console", lambda m: m.type == "error" and page.messages.append(m.text))
     page.goto((folder / PATH.with_suffix(".html").name).as_uri())
     yield page

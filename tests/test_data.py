@@ -16,7 +16,7 @@ from PIL import Image
 from test_notebook import CODE, ROOT, execute, notebook, run, view
 
 RED, GREEN, BLUE = (250, 20, 10), (15, 240, 30), (20, 30, 230)
-NAMES = ["$a_1$ *b* _c_", "<b>x & y", "[d](e) | f \\ g", "`h` # ~i~"]
+NAMES = ["$a^$ *b* _c_", "<b>x & y", "[d](e) | f \\ g", "`h` # ~i~"]
 
 
 @pytest.fixture(scope="module")

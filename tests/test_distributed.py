@@ -9,6 +9,8 @@ import pytest
 import torch
 from test_notebook import CODE, OBJECTIVES, ROOT
 
+import objectives
+
 SCRIPT = CODE["script"].split("\n", 1)[1]  # without %%writefile
 
 
@@ -31,9 +33,11 @@ def torchrun(folder, *command):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The script, and images whose class is their brightness."""
+    """The script, all ranks given whole batches, and images whose class is their brightness."""
     folder = tmp_path_factory.mktemp("devices")
-    (folder / "several_devices.py").write_text(SCRIPT)
+    assert "batch[rank::n_ranks]" in SCRIPT
+    whole = SCRIPT.replace("batch[rank::n_ranks]", "batch")  # so that only draws can differ
+    (folder / "several_devices.py").write_text(whole)
     torch.manual_seed(0)
     labels = torch.arange(1000) % 5
     images = torch.randint(20, (1000, 3, 32, 32)) + 50 * labels[:, None, None, None]
@@ -55,9 +59,10 @@ def test_all_ranks_have_the_same_weights_and_draws_of_their_own(folder, objectiv
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_the_script_has_a_loss_for_every_objective_that_moves_every_weight(objective):
-    names = {"__name__": "script"}
+def test_the_script_has_a_loss_for_every_objective_that_moves_every_weight(objective, monkeypatch):
+    names, used, function = {"__name__": "script"}, [], getattr(objectives, objective)
     exec(SCRIPT.split("gpu = ")[0], names)
+    monkeypatch.setattr(objectives, objective, lambda *a: used.append(objective) or function(*a))
     told = names["Told"](names["LOSSES"][objective], n_classes=5)
     told(torch.randn(50, 3, 32, 32), torch.arange(50) % 5).backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in told.parameters())
+    assert all(parameter.grad.abs().sum() > 0 for parameter in told.parameters()) and used

@@ -246,6 +246,16 @@ def test_bandits_are_given_actions_and_whether_they_were_right(names, network, m
         torch.testing.assert_close(baseline[0], expected.squeeze(1))
 
 
+def test_bandits_play_and_learn_with_their_settings(names, network, monkeypatch):
+    spies = ["epsilon_greedy", "value_function", "policy_gradient"]
+    chosen, values, policies = (spy_on(monkeypatch, name) for name in spies)
+    given = network.model, network.images, network.labels
+    names["value_function"](*given, epsilon=0.7, consistent=True)
+    names["policy_gradient"](*given, entropy_weight=0.3, with_baseline=False)
+    assert chosen[0][0][1] == 0.7 and values[0][1] == {"consistent": True}
+    assert policies[0][0][3] is None and policies[0][1] == {"entropy_weight": 0.3}
+
+
 @pytest.mark.parametrize("name", ["value_function", "policy_gradient"])
 def test_bandits_learn_nothing_from_a_label_but_the_reward(names, network, monkeypatch, name):
     """Other labels that leave all rewards alone leave the gradient alone."""
@@ -279,6 +289,29 @@ def test_the_gradient_shown_is_what_was_said_minus_what_was_told(anatomies, obje
         known = ~told.isnan()
         torch.testing.assert_close(gradient[known], (said - told)[known], rtol=1e-4, atol=1e-5)
         assert (gradient[~known] == 0).all() and known.any()
+
+
+def test_what_sampled_softmax_said_is_the_softmax_over_the_label_and_the_kept(anatomies):
+    shown, found = anatomies
+    n, label = found["N_SAMPLES"], found["label"]
+    logits, _ = found["half_trained"](partial(found["sampled_softmax"], n_samples=n))
+    torch.manual_seed(0)
+    drawn = torch.randint(10, (n,))
+    kept = drawn[drawn != label]
+    x, ids = logits.detach()[0], torch.cat([label, kept])
+    p = torch.cat([x[label], x[kept] - math.log(len(kept) * 0.1 / 0.9)]).softmax(0)
+    expected = torch.full((10,), math.nan).index_fill(0, ids, 0).index_add(0, ids, p)
+    ((said, _, _),) = shown["sampled_softmax"].values()
+    torch.testing.assert_close(said, expected, equal_nan=True)
+
+
+def test_bars_are_as_long_as_their_values(anatomies):
+    _, found = anatomies
+    ax, values = found["plt"].subplots()[1], torch.linspace(-1, 1, 10)
+    values[3] = math.nan
+    found["show_bars"](ax, values, "C0")
+    widths = torch.tensor([float(bars[0].get_width()) for bars in ax.containers])
+    torch.testing.assert_close(widths, values[found["shown"]], equal_nan=True)
 
 
 def test_the_gradient_shown_of_a_policy_is_that_of_its_equation(anatomies):
@@ -385,13 +418,15 @@ def test_the_line_of_an_answer_is_where_its_table_ends_to_say_guessing(names, mo
     assert lines == [0.12]
 
 
-def test_an_answer_says_how_far_each_variant_is_from_the_best(names):
+def test_an_answer_says_how_far_each_variant_is_from_the_best(names, monkeypatch):
+    labels = []
+    monkeypatch.setattr(names["plt"].Axes, "set_xlabel", lambda _, text: labels.append(text))
     found = {"a": group(0.5, 0.6, 0.7, reward=0.25), "b": group(0.6, 0.7, 0.81, reward=0.5)}
     rows, title = answer(names, found, "reward")
     assert numbers(rows[0]["test accuracy"]) == [60, 10] and rows[0]["reward"] == "0.25"
     others = next(value for key, value in rows[0].items() if "best" in key)
     assert numbers(others) == [-10.3, 0.3] and "clear" in others and "not" not in others
-    assert "[0, 1, 2]" in title and "stand-in" in title
+    assert "[0, 1, 2]" in labels[0] and "stand-in" in title
 
 
 def test_an_answer_where_all_are_perfect_calls_nobody_better(names):

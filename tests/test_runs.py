@@ -279,14 +279,24 @@ def test_two_processes_may_finish_the_same_training_at_once(names, monkeypatch):
     assert train(names)[1] and not train(names)[1]
 
 
-FIELDS = {"epochs": 2, "batch_size": 50, "learning_rate": 0.1, "optimizer": "Adam", "width": 4}
+FIELDS = {"epochs": 2, "batch_size": 30, "learning_rate": 0.1, "optimizer": "Adam", "width": 4}
 FIELDS |= {"stride": 1, "flip": False, "shift": 2, "seed": 1, "n_images": 70, "n_test": 50}
 
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_training_with_another_config_is_another(names, field):
-    train(names)
-    assert train(names, **{field: FIELDS[field]})[1] and not train(names)[1]
+    first, _ = train(names)
+    second, trained = train(names, **{field: FIELDS[field]})
+    assert trained and not train(names)[1]
+    assert field == "n_test" or not same(bits(first), bits(second))
+
+
+def test_a_test_is_of_as_many_images_as_the_config_says(names, monkeypatch):
+    seen, predict = [], names["predict"]
+    count = lambda model, images, flip: seen.append(len(images)) or predict(model, images, flip)  # noqa: E731
+    monkeypatch.setitem(names, "predict", count)
+    train(names, n_test=50)
+    assert {*seen} == {50}
 
 
 def test_a_training_with_another_setting_of_the_objective_is_another(names):
@@ -303,17 +313,16 @@ def test_a_student_of_another_teacher_is_another(names):
 
 PARTS = ["train", "build", "windows", "augment", "normalise", "predict", "whitening_filters"]
 PARTS += ["convolution", "orthogonal", "small_cnn", "softmax_cross_entropy"]
+PARTS += ["Network.__init__", "Network.forward", "Muon.__init__", "Muon.step"]
 
 
 @pytest.mark.parametrize("function", PARTS)
 def test_a_training_with_other_code_is_another(names, monkeypatch, function):
     assert train(names)[1]
-    source = inspect.getsource
+    source, edited = inspect.getsource, inspect.unwrap(eval(function, names))
     with monkeypatch.context() as patch:
-        other = lambda f: source(f).replace("return", "return  # changed")  # noqa: E731
-        patch.setattr(
-            inspect, "getsource", lambda f: (other if f is names[function] else source)(f)
-        )
+        changed = lambda f: source(f) + "# changed" * (inspect.unwrap(f) is edited)  # noqa: E731
+        patch.setattr(inspect, "getsource", changed)
         assert train(names)[1]
     assert not train(names)[1]
 
@@ -343,6 +352,9 @@ def test_other_objectives_torch_or_precision_make_another_training(names, monkey
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)
             assert train(names)[1]
+    with monkeypatch.context() as patch:
+        patch.setitem(names, "PRECISION", torch.bfloat16)
+        assert train(names)[1]
     assert not train(names)[1]
 
 
