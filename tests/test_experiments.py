@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_notebook import CODE, OBJECTIVES, execute, notebook, run
+from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -168,16 +169,17 @@ def test_muon_moves_kernels_by_orthogonal_steps_and_all_else_like_adamw(names):
 
 
 class Crossings(TorchDispatchMode):
-    """Collect the operations that move numbers from one device to another."""
+    """Collect the operations that move numbers from one device to another, or into Python."""
 
     def __init__(self):
         super().__init__()
-        self.found = []
+        self.found, self.reads = [], 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **kwargs or {})
         tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
         self.found += [operation] * (len({tensor.device for tensor in tensors}) > 1)
+        self.reads += operation is torch.ops.aten._local_scalar_dense.default
         return result
 
 
@@ -198,6 +200,18 @@ def test_a_training_step_never_waits_for_the_device(names, network, monkeypatch,
         loss.backward()
         muon.step()
     assert loss.is_meta and crossings.found == []
+
+
+def test_the_training_loop_asks_for_numbers_only_where_an_epoch_ends(names, network):
+    """With four batches as often as with two."""
+    plain = lambda model, images, labels: (cross_entropy(model(images), labels), {})  # noqa: E731
+    _, (config,) = names["settings"]()
+    config, reads = replace(config, n_images=100, n_test=20), []
+    for batch_size in [50, 25]:
+        with Crossings() as crossings:
+            names["train"](plain, network.data, replace(config, batch_size=batch_size), print)
+        reads.append(crossings.reads)
+    assert reads[0] == reads[1] > 0
 
 
 def spy_on(monkeypatch, name):
