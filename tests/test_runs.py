@@ -346,15 +346,13 @@ def test_other_pixels_labels_or_classes_make_another_training(names):
 def test_other_objectives_torch_or_precision_make_another_training(names, monkeypatch):
     assert train(names)[1]
     for owner, name, value in [
-        (objectives, "text", objectives.text + "\n"),
-        (torch, "__version__", "3.0"),
+        (vars(objectives), "text", objectives.text + "\n"),
+        (vars(torch), "__version__", "3.0"),
+        (names, "PRECISION", torch.bfloat16),
     ]:
         with monkeypatch.context() as patch:
-            patch.setattr(owner, name, value)
+            patch.setitem(owner, name, value)
             assert train(names)[1]
-    with monkeypatch.context() as patch:
-        patch.setitem(names, "PRECISION", torch.bfloat16)
-        assert train(names)[1]
     assert not train(names)[1]
 
 
