@@ -1,39 +1,45 @@
 """Five training objectives for classifiers, as plain functions of PyTorch tensors.
 
-softmax_cross_entropy, teacher_student and sampled_softmax play supervised learning: they are told
-the right class of every example. value_function and policy_gradient play a contextual bandit: they
-learn from actions and their rewards, on-line or from a log. epsilon_greedy and sample_actions
-choose what to do; LogUniform and ClassFrequencies are noise for sampled_softmax.
-
-Each loss returns (loss, metrics): a scalar tensor, the mean over the examples (0 where none are),
-and a dict of detached scalar tensors that stay on the device until read.
+In supervised learning the right class of every example is known: softmax_cross_entropy,
+teacher_student and sampled_softmax. In a contextual bandit a policy takes one action and sees one
+reward: value_function and policy_gradient. epsilon_greedy and sample_actions take the actions,
+entropy measures how undecided a policy is, and LogUniform and ClassFrequencies are noise
+distributions for sampled_softmax.
 
 Letters: C classes or actions, D embedding size, x = logits (scores) of one example, p = softmax(x),
-t = its label, a = its action, r = its reward. [...] are any leading dimensions, or none. Inputs are
-float16, bfloat16, float32 or float64; the arithmetic is at least float32, also under autocast. A
-logit of -inf masks a class or action: its probability and gradient are 0, it is never chosen; it
-must be neither the label nor the action taken, and not all of an example may be masked. Any other
-score that is not finite makes the loss so, too, so that a GradScaler sees it. A label of -100
-leaves its example out of loss, gradient, metrics and mean, provided that its scores obey the above.
+t = its label, a = its action, r = its reward, A = its advantage. [...] are any leading dimensions,
+also none. [c = t] is 1 where c is t, and 0 elsewhere.
 
-A wrong type or dtype raises TypeError, a wrong shape or value ValueError; both name the argument.
-The values of tensors (labels in range, rewards between 0 and 1) are checked on the CPU alone, and
-not under torch.compile or vmap: elsewhere that would make the program wait for the device.
+Every loss returns (loss, metrics). metrics is a dict of detached scalar tensors, each a mean over
+the examples. reduction says what loss is:
+    "mean"  the mean over the examples that count, a scalar; 0 if none does (default)
+    "sum"   their sum, a scalar
+    "none"  the loss of each example, [...], to be weighted, ranked or summed in another way
 
-torch.compile makes one graph of each function, whatever the batch size and settings (torch 2.6 one
-for each value of a float), but takes no generator, and inductor, its default backend, no
-sparse=True. torch.func.grad and vmap work as well; where something is drawn, vmap needs
-randomness="different".
+What an example may contain:
+    label or action -100   leaves the example out of loss, gradient, metrics and mean
+    logit -inf             masks a class: its probability and its gradient are 0, it is never chosen
+    any other logit that is not finite makes the loss so, where the loss reads it
+Not all classes of an example may be masked, and neither may its label or the action taken.
+
+Inputs are float16, bfloat16, float32 or float64. The arithmetic is in float32, or in float64 if an
+input is, under autocast as well.
+
+Errors: a wrong type or dtype raises TypeError, a wrong shape or value ValueError, and the message
+names the argument. Values of tensors are checked on the CPU only, and neither under torch.compile
+nor under vmap: elsewhere a check would make the program wait for the device.
+
+torch.compile makes one graph of each function for all batch sizes and settings (old versions one
+for each value of a float), without a generator; its default backend does not take sparse=True.
+torch.func.grad and vmap work, the latter with randomness="different" where something is drawn.
 """
 
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -41,36 +47,60 @@ from torch import Generator, Tensor
 
 Loss = tuple[Tensor, dict[str, Tensor]]
 
+LEFT_OUT = -100  # the label or action of an example that does not count
 
-def softmax_cross_entropy(logits: Tensor, labels: Tensor) -> Loss:
+
+def softmax_cross_entropy(logits: Tensor, labels: Tensor, *, reduction: str = "mean") -> Loss:
     """Softmax cross entropy: raise the label's score, lower all others.
 
-    loss = -log p_t = -x_t + log sum_c exp(x_c), with gradient p_c - [c = t] on logit c.
+        loss = -log p_t = -x_t + log sum_c exp(x_c)
+
+    Its gradient on logit c is p_c - [c = t].
 
     Args:
         logits: [..., C] floating.
         labels: [...] int64, 0 <= label < C, or -100.
-    Returns (loss, metrics): accuracy, the fraction of examples whose highest logit is the label's.
+        reduction: "mean", "sum" or "none".
 
-    Examples: two sequences, one of them padded. Ten equal scores cost log(10).
+    Returns:
+        (loss, metrics): accuracy, the fraction of examples whose highest logit is the label's.
+
+    Examples:
+        Two sequences, the second of them padded. Ten equal scores cost log(10).
+
         >>> labels = torch.tensor([[1, 2, 3, 4], [5, 6, -100, -100]])
-        >>> loss, _ = softmax_cross_entropy(torch.zeros(2, 4, 10), labels)
+        >>> loss, metrics = softmax_cross_entropy(torch.zeros(2, 4, 10), labels)
         >>> round(loss.item(), 4)
         2.3026
 
+        A weight for each example, such as one over the frequency of its class:
+
+        >>> logits, labels = torch.tensor([[0.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1])
+        >>> weights = torch.tensor([3.0, 1.0])
+        >>> losses, _ = softmax_cross_entropy(logits, labels, reduction="none")
+        >>> losses
+        tensor([0.6931, 0.3133])
+        >>> loss = (weights * losses).sum() / weights.sum()
+
         In-batch negatives: user i must find its item, in column i, among those of the others. The
-        logarithm of their frequencies q is taken off, since popular items stand there more often;
-        where a user's own item stands in another column, too, that is masked.
+        logarithm of the items' frequencies q is subtracted, because popular items are there more
+        often. Where a user's own item is in another column as well, that column is masked.
+
         >>> users, items = torch.randn(4, 8), torch.tensor([7, 3, 7, 5])
         >>> table, q = torch.randn(10, 8), torch.full([10], 0.1)
         >>> logits = users @ table[items].T - q[items].log()
-        >>> hits = (items == items[:, None]) & ~torch.eye(4, dtype=torch.bool)
-        >>> loss, _ = softmax_cross_entropy(logits.masked_fill(hits, -math.inf), torch.arange(4))
+        >>> same = (items == items[:, None]) & ~torch.eye(4, dtype=torch.bool)
+        >>> loss, _ = softmax_cross_entropy(logits.masked_fill(same, -math.inf), torch.arange(4))
     """
-    _check("logits", logits, "floating", "...", "C")
-    t, told = _check_labels(labels, logits.shape)
-    log_p = _wide(logits).log_softmax(-1)
-    return _mean(-_at(log_p, t), told), {"accuracy": _mean(logits.argmax(-1) == t, told)}
+    _check_logits("logits", logits)
+    _check_ids("labels", labels, logits)
+    mask = labels != LEFT_OUT
+    t = labels.where(mask, 0)
+    x = logits.to(_precision(logits))
+    log_p = x.log_softmax(-1)
+    loss = -_pick(log_p, t)
+    metrics = {"accuracy": _mean(x.argmax(-1) == t, mask)}
+    return _reduce(loss, mask, reduction), metrics
 
 
 def teacher_student(
@@ -80,45 +110,80 @@ def teacher_student(
     *,
     alpha: float = 0.5,
     temperature: float = 1.0,
+    reduction: str = "mean",
 ) -> Loss:
     """Knowledge distillation: match a teacher's probabilities as well as the labels.
 
-    loss = alpha T^2 CE(softmax(teacher / T), x / T) + (1 - alpha) CE(onehot(t), x), where
-    CE(q, x) = -sum_c q_c log softmax(x)_c. At T = 1 the gradient on logit c is p_c - target_c with
-    target = alpha softmax(teacher) + (1 - alpha) onehot(t); T^2 keeps the size of the teacher's
-    gradient when T grows. No gradient reaches the teacher.
+        loss = alpha T^2 CE(softmax(teacher / T), softmax(x / T)) + (1 - alpha) (-log p_t)
+
+    with the cross entropy CE(q, p) = -sum_c q_c log p_c. At T = 1 the gradient on logit c is
+    p_c - target_c, where target = alpha softmax(teacher) + (1 - alpha) onehot(t). The factor T^2
+    keeps the size of the teacher's gradient when T grows. No gradient reaches the teacher.
 
     Args:
-        logits, teacher_logits: [..., C] floating.
+        logits: [..., C] floating, of the student. A class that they mask does not exist for the
+            teacher either.
         labels: [...] int64, 0 <= label < C, or -100.
+        teacher_logits: [..., C] floating.
         alpha: weight of the teacher, in [0, 1]. 0 is softmax_cross_entropy, 1 uses no label.
         temperature: T > 0. Above 1 the teacher's small probabilities count for more.
-    Returns (loss, metrics): accuracy, and agreement, the fraction of examples where student and
-        teacher prefer the same class.
-    Source: Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531.
+        reduction: "mean", "sum" or "none".
 
-    Example: the logarithm of soft labels is a teacher, that of smoothed ones for instance.
+    Returns:
+        (loss, metrics): accuracy, the fraction of examples whose highest logit is the label's, and
+        agreement, the fraction where student and teacher prefer the same class.
+
+    Source:
+        Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531.
+
+    Examples:
+        Log-probabilities are logits, so a teacher's can be computed once and stored:
+
         >>> logits, labels = torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([1])
+        >>> stored = torch.tensor([[0.2, 0.7, 0.1]]).log()
+        >>> loss, metrics = teacher_student(logits, labels, stored, temperature=2.0)
+        >>> round(loss.item(), 4)
+        2.321
+
+        In the same way any soft labels are a teacher, smoothed labels for instance:
+
         >>> soft = 0.9 * F.one_hot(labels, 3) + 0.1 / 3
         >>> loss, _ = teacher_student(logits, labels, soft.log(), alpha=1.0)
         >>> torch.allclose(loss, F.cross_entropy(logits, labels, label_smoothing=0.1))
         True
     """
-    _check("logits", logits, "floating", "...", "C")
-    _check("teacher_logits", teacher_logits, "floating", *logits.shape)
-    _check_range("alpha", alpha, 0, 1, Real)
-    _check_range("temperature", temperature, _ABOVE_0, _FINITE, Real)
-    t, told = _check_labels(labels, logits.shape)
-    log_p = _scores(logits).log_softmax(-1)
-    softened = _scores(logits, temperature).log_softmax(-1)
-    q = _scores(teacher_logits.detach(), temperature).softmax(-1)
-    from_teacher = alpha * temperature * temperature * -(q * softened).sum(-1)
-    # Large, but finite, where the teacher prefers a class that the student masks.
-    from_teacher = from_teacher.clamp(max=torch.finfo(q.dtype).max / 8)
-    loss = from_teacher + (1 - alpha) * -_at(log_p, t)
-    best, taught = logits.argmax(-1), teacher_logits.argmax(-1)
-    metrics = {"accuracy": _mean(best == t, told), "agreement": _mean(best == taught, told)}
-    return _mean(loss, told), metrics
+    _check_logits("logits", logits)
+    _check_ids("labels", labels, logits)
+    _check_tensor("teacher_logits", teacher_logits, "floating", logits.shape)
+    _check_number("alpha", alpha, 0, 1)
+    _check_number("temperature", temperature, 0, math.inf, exclusive=True)
+    mask = labels != LEFT_OUT
+    t = labels.where(mask, 0)
+    x = logits.to(_precision(logits, teacher_logits))
+    teacher = teacher_logits.detach().to(x.dtype).masked_fill(x == -math.inf, -math.inf)
+    q = (teacher / temperature).softmax(-1)
+    from_teacher = _cross_entropy(q, (x / temperature).log_softmax(-1))
+    from_labels = -_pick(x.log_softmax(-1), t)
+    loss = alpha * temperature**2 * from_teacher + (1 - alpha) * from_labels
+    preferred = x.argmax(-1)
+    metrics = {
+        "accuracy": _mean(preferred == t, mask),
+        "agreement": _mean(preferred == teacher.argmax(-1), mask),
+    }
+    return _reduce(loss, mask, reduction), metrics
+
+
+class Noise(Protocol):
+    """A distribution over the class ids 0 to C - 1, such as LogUniform, ClassFrequencies or a
+    Categorical of torch.distributions."""
+
+    def sample(self, shape: tuple[int, ...], /) -> Tensor:
+        """Class ids of this shape, int64, drawn independently."""
+        ...
+
+    def log_prob(self, ids: Tensor, /) -> Tensor:
+        """The logarithm of each id's probability, floating, in the shape of ids."""
+        ...
 
 
 def sampled_softmax(
@@ -128,240 +193,348 @@ def sampled_softmax(
     bias: Tensor | None = None,
     *,
     n_samples: int = 5,
-    noise: Any = None,
+    noise: Noise | None = None,
     sparse: bool = False,
     generator: Generator | None = None,
+    reduction: str = "mean",
 ) -> Loss:
     """Softmax cross entropy against a few sampled classes, for when C is very large.
 
-    It takes the last layer's weights instead of its output, and computes only the scores that it
-    needs, x_c = e . weight_c + bias_c: those of the labels and of n_samples noise classes, drawn
-    from a distribution q with replacement and shared by all examples. One that equals an example's
-    label is rejected for it.
+        loss = -x_t + log(exp(x_t) + sum_{kept c} exp(x_c - log(k q_c / (1 - q_t))))
 
-    loss = -x_t + log(exp(x_t) + sum_{kept c} exp(x_c - log(k q_c / (1 - q_t)))), where k counts the
-    noise classes kept for that example. Given k > 0, the sum is an unbiased estimate of
-    sum_{c != t} exp(x_c); where k = 0, with probability q_t^n_samples, the loss is 0. The loss is
-    too small on average, the less so the larger n_samples. Classes not drawn have gradient 0.
-    (TensorFlow's loss has other values on the same draws: it corrects the label's score, too.)
+    It takes the last layer's weights instead of its output, and computes only the scores that it
+    needs, x_c = e . weight_c + bias_c: those of the labels, and those of n_samples noise classes,
+    drawn with replacement from a distribution q and shared by all examples. A noise class that is
+    an example's label is rejected for this example; k noise classes are kept.
+
+    Given k > 0, the sum is an unbiased estimate of sum_{c != t} exp(x_c). So the loss is too small
+    on average, the less so the more samples there are. If k = 0, which has probability
+    q_t^n_samples, it is 0. Classes that were not drawn have gradient 0. (TensorFlow's loss
+    corrects the label's score as well, and so has other values on the same draws.)
 
     Args:
-        embeddings: [..., D] floating, the input of the last layer.
+        embeddings: [..., D] floating, the input e of the last layer.
         labels: [...] int64, 0 <= label < C, or -100.
         weight: [C, D] floating, the last layer's weight.
-        bias: [C] floating, the last layer's bias, or None.
+        bias: [C] floating, the last layer's bias, or None (default) for 0.
         n_samples: how many noise classes to draw, at least 1.
-        noise: q; None is uniform, else anything with sample(shape) and log_prob(ids) over the ids 0
-            to C - 1 on the device of the inputs: LogUniform, ClassFrequencies, a Categorical of
-            torch.distributions. The closer to the labels' frequencies, the fewer samples it takes.
+        noise: q, on the device of the inputs; None (default) is uniform. The closer it is to the
+            labels' frequencies, the fewer samples are needed.
         sparse: whether the gradients of weight and bias are sparse tensors of the rows used, so
-            that a step costs the same however large C is. They fit SGD (without weight decay),
-            SparseAdam and Adagrad, and need weight and bias to be parameters, not computed. A
-            DistributedDataParallel averages them only for nn.Embedding(C, D, sparse=True), whose
-            weight does as well; else keep the layer out of it and average them yourself.
-        generator: makes the draw repeatable; torch.distributions take none, but torch.manual_seed.
-    Returns (loss, metrics): kept, the mean fraction of noise classes kept.
-    Sources: Bengio & Senecal 2008; Jean et al. 2014, https://arxiv.org/abs/1412.2007; TensorFlow's
-    "Candidate Sampling Algorithms Reference".
+            that the cost of a step does not depend on C. They suit SGD without weight decay,
+            SparseAdam and Adagrad, and need weight and bias to be parameters, not computed from
+            others. DistributedDataParallel averages them only for the weight of an
+            nn.Embedding(C, D, sparse=True); average those of other layers yourself.
+        generator: makes the draw repeatable, for noise that takes one; for torch.distributions
+            use torch.manual_seed. None (default) under torch.compile.
+        reduction: "mean", "sum" or "none".
 
-    Example: a million classes, of which a step touches 132 at most.
+    Returns:
+        (loss, metrics): kept, the fraction of noise classes that were kept.
+
+    Sources:
+        Bengio & Senecal 2008; Jean et al. 2014, https://arxiv.org/abs/1412.2007; TensorFlow's
+        "Candidate Sampling Algorithms Reference". Rejection with k kept classes is in none of them.
+
+    Example:
+        A million classes, of which a step reads and updates 132 at most:
+
         >>> layer = torch.nn.Linear(16, 1_000_000)
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
         >>> e, labels = torch.randn(32, 16), torch.randint(1_000_000, [32])
         >>> settings = {"n_samples": 100, "noise": LogUniform(1_000_000), "sparse": True}
-        >>> loss, _ = sampled_softmax(e, labels, layer.weight, layer.bias, **settings)
+        >>> loss, metrics = sampled_softmax(e, labels, layer.weight, layer.bias, **settings)
         >>> loss.backward()
-        >>> torch.optim.SGD(layer.parameters(), lr=0.1).step()
+        >>> optimizer.step()
     """
-    _check("embeddings", embeddings, "floating", "...", "D")
-    _check("weight", weight, "floating", "C", embeddings.shape[-1])
-    if bias is not None:
-        _check("bias", bias, "floating", len(weight))
-    t, told = (x.flatten() for x in _check_labels(labels, (*embeddings.shape[:-1], len(weight))))
-    dtype = torch.promote_types(embeddings.dtype, torch.promote_types(weight.dtype, torch.float32))
-    drawn, n = _draw(noise, n_samples, weight, generator), len(t)
-    # An example to leave out borrows a class that was drawn, so that no other row is touched.
-    ids = torch.cat([torch.where(told, t, drawn[:1]), drawn])
-    if noise is None:
-        log_q = torch.full_like(ids, -math.log(len(weight)), dtype=dtype)
-    else:
-        log_q = noise.log_prob(ids)
-        _check("noise.log_prob(ids)", log_q, "floating", len(ids))
-        log_q = log_q.detach()
-    first, end = torch.searchsorted(drawn, torch.stack([t, t + 1]))
-    k = n_samples - (end - first)
+    _check_layer(embeddings, labels, weight, bias)
+    noise = noise if noise is not None else _Uniform(len(weight), weight.device)
+    c = _draw(noise, n_samples, len(weight), generator)
+    mask = labels != LEFT_OUT
+    t = labels.where(mask, c[0])  # an example that is left out borrows a class that is used anyway
+    ids = torch.cat([t.flatten(), c])
+    log_q = noise.log_prob(ids).detach()
+    _check_tensor("noise.log_prob(ids)", log_q, "floating", ids.shape)
 
-    e, sizes = embeddings.reshape(n, weight.shape[1]).to(dtype), [n, n_samples]
-    w_t, w_c = F.embedding(ids, weight, sparse=sparse).to(dtype).split_with_sizes(sizes)
-    # log(k / (1 - q_t)), which all noise scores lack, is on the label's: one number, not k of them.
-    # Where it is infinite there is no noise, and any number does.
-    log_k = (k.clamp(min=1) / (1 - log_q[:n].exp())).clamp(max=torch.finfo(log_q.dtype).max).log()
-    b = 0 if bias is None else bias.gather(0, ids, sparse_grad=sparse)
-    b_t, b_c = (b + torch.cat([log_k, -log_q[n:]])).to(dtype).split_with_sizes(sizes)
-    with torch.autocast("cpu" if e.is_meta else e.device.type, enabled=False):
-        x_t, x_c = (e * w_t).sum(1) + b_t, torch.addmm(b_c, e, w_c.T)
-    if _extremes(k, (0, 0))[0] < n_samples:  # seldom, where classes are many, and dear
-        x_c = x_c.masked_fill(drawn == t[:, None], -math.inf)
-    m = torch.maximum(x_t.detach(), x_c.detach().amax(1))  # so that no exponential overflows
-    loss = ((x_t - m).exp() + (x_c - m[:, None]).exp().sum(1)).log() - (x_t - m)
-    return _mean(loss, told), {"kept": _mean(_wide(k) / n_samples, told)}
+    dtype = _precision(embeddings, weight)
+    e = embeddings.to(dtype)
+    rows = F.embedding(ids, weight, sparse=sparse).to(dtype)
+    biases = torch.zeros_like(ids) if bias is None else bias.gather(0, ids, sparse_grad=sparse)
+    weight_t, weight_c = _split(rows, t)
+    bias_t, bias_c = _split(biases.to(dtype), t)
+    log_q_t, log_q_c = _split(log_q, t)
+
+    hits = c == t[..., None]
+    k = (n_samples - hits.sum(-1)).to(log_q.dtype)
+    log_k = k.log() - (1 - log_q_t.exp()).log()  # of k / (1 - q_t)
+    with torch.autocast(e.device.type, enabled=False):
+        x_t = (e * weight_t).sum(-1) + bias_t
+        x_c = F.linear(e, weight_c, bias_c - log_q_c.to(dtype)) - log_k.to(dtype)[..., None]
+    x_c = x_c.masked_fill(hits, -math.inf)
+    log_p = torch.cat([x_t[..., None], x_c], -1).log_softmax(-1)
+    loss = -log_p[..., 0]
+    return _reduce(loss, mask, reduction), {"kept": _mean(k / n_samples, mask)}
 
 
 def value_function(
-    logits: Tensor, actions: Tensor, rewards: Tensor, *, consistent: bool = False
+    logits: Tensor,
+    actions: Tensor,
+    rewards: Tensor,
+    *,
+    normalized: bool = False,
+    reduction: str = "mean",
 ) -> Loss:
     """Learn the expected reward of each action, from the one action taken.
 
-    loss = -r log v_a - (1 - r) log(1 - v_a), binary cross entropy between the action's value and
-    its reward. The value is sigmoid(x_a), whose gradient is v_a - r on logit a and 0 on all others,
-    or softmax(x)_a, so that the values of all actions sum to 1.
+        loss = -r log v_a - (1 - r) log(1 - v_a)
+
+    This is the binary cross entropy between the value of the action and its reward. The value is
+    v_a = sigmoid(x_a), with gradient v_a - r on logit a and 0 on all others, or, normalized,
+    v_a = softmax(x)_a, so that the values of all actions sum to 1.
 
     Args:
         logits: [..., C] floating.
-        actions: [...] int64, 0 <= action < C, chosen in any way, by epsilon_greedy for instance.
+        actions: [...] int64, 0 <= action < C, or -100, chosen in any way.
         rewards: [...] real or bool, in [0, 1].
-        consistent: whether values sum to 1, right where exactly one action is rewarded.
-    Returns (loss, metrics): reward, the mean.
-    Source: Sutton & Barto, Reinforcement Learning, 2nd edition 2018, chapter 2.
+        normalized: whether values sum to 1, right where exactly one action is rewarded. Default
+            False.
+        reduction: "mean", "sum" or "none".
 
-    Example: a bandit with three actions that rewards two of them.
+    Returns:
+        (loss, metrics): reward, the mean reward.
+
+    Source:
+        Sutton & Barto, Reinforcement Learning, 2nd edition 2018, chapter 2.
+
+    Example:
+        A bandit with three actions that rewards two of them:
+
         >>> logits = torch.tensor([[-3.0, 2.0, 1.0]])
         >>> actions = epsilon_greedy(logits, epsilon=0)
         >>> loss, metrics = value_function(logits, actions, rewards=actions > 0)
-        >>> round(loss.item(), 4), metrics["reward"].item()  # -log(sigmoid(2))
-        (0.1269, 1.0)
+        >>> round(loss.item(), 4)  # -log(sigmoid(2))
+        0.1269
     """
-    r = _check_bandit(logits, actions, rewards, 0, 1)
-    x = _scores(logits)
-    x_a = _at(x, actions) + (0 * x).sum(-1)  # + 0, or NaN for an overflow anywhere
-    if consistent:
-        # softmax(x)_a = sigmoid(x_a - log sum_{c != a} exp(x_c)), which cannot lose
-        # 1 - softmax(x)_a to rounding; where there are no others it is 1 whatever x_a.
-        others = x.scatter(-1, actions[..., None], torch.finfo(x.dtype).min / 2)
-        x_a, certain = x_a - others.logsumexp(-1), torch.finfo(x.dtype).max / 16
-        x_a = torch.where(x_a > certain, certain, x_a)
-    loss = F.binary_cross_entropy_with_logits(x_a, r, reduction="none")
-    return _mean(loss), {"reward": _mean(r)}
+    _check_logits("logits", logits)
+    _check_ids("actions", actions, logits)
+    _check_tensor("rewards", rewards, "real or bool", actions.shape)
+    _check_values("rewards", rewards, (rewards >= 0) & (rewards <= 1), "in [0, 1]")
+    mask = actions != LEFT_OUT
+    a = actions.where(mask, 0)
+    x = logits.to(_precision(logits))
+    r = rewards.detach().to(x.dtype)
+    x_a = _pick(x, a)
+    if normalized:
+        # The lowest number, not -inf, lets the gradient of a sole action be 0 instead of NaN.
+        others = x.scatter(-1, a[..., None], torch.finfo(x.dtype).min)
+        log_v = x_a - x.logsumexp(-1)
+        log_not_v = others.logsumexp(-1) - x.logsumexp(-1)
+    else:
+        log_v = F.logsigmoid(x_a)
+        log_not_v = F.logsigmoid(-x_a)
+    loss = -r * log_v - (1 - r) * log_not_v
+    return _reduce(loss, mask, reduction), {"reward": _mean(r, mask)}
 
 
 def policy_gradient(
     logits: Tensor,
     actions: Tensor,
-    rewards: Tensor,
-    baseline: Tensor | None = None,
+    advantages: Tensor,
     *,
-    entropy_weight: float = 0.04,
     propensities: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Loss:
-    """REINFORCE: make an action likelier the more its reward exceeds the expected one.
+    """REINFORCE: make an action likelier the larger its advantage.
 
-    loss = -(r - V) p_a / q - entropy_weight H(p) + BCE(V, r), where q is the probability with which
-    the action was chosen, V = sigmoid(baseline) the expected reward, a constant in the first term,
-    and H(p) = -sum_c p_c log p_c the entropy. Averaged over the choices of q, which must be above 0
-    wherever p is, the first term's gradient is that of minus the expected reward of p, whatever V
-    is. For actions drawn from p itself, q is p_a as a constant, and the gradient that of
-    -(r - V) log p_a: (V - r) ([c = a] - p_c).
+        loss = -A log p_a      for actions just drawn from p
+        loss = -A p_a / q      for actions that another policy chose with probability q
+
+    The advantage A = r - V says how much the reward exceeds a baseline V, which must not depend on
+    the action; V = 0 will do. Averaged over the actions, the gradient of both is that of minus the
+    expected reward of p, provided that q is above 0 wherever p is. On logit c it is A (p_c - [c =
+    a]), times p_a / q in the second case. No gradient reaches A and q.
+
+    The baseline has to be learned, and a policy should stay undecided until it knows enough; the
+    first example shows both.
 
     Args:
         logits: [..., C] floating.
-        actions: [...] int64, 0 <= action < C.
-        rewards: [...] real or bool; in [0, 1] with a baseline, any finite numbers without.
-        baseline: [...] floating, the logit of V, usually one more output of the network; None for
-            V = 0 and no third term.
-        entropy_weight: at least 0. Too little, and the policy stops exploring before it has found
-            the best actions; too much, and it never commits to them.
-        propensities: [...] floating, in (0, 1]: q, for actions from a log. None for actions just
-            drawn from softmax(logits), as by sample_actions.
-    Returns (loss, metrics): reward, the mean, and entropy, the mean H(p) in nats; with a baseline
-        baseline, the mean V, and baseline_loss, the mean of the third term; with propensities
-        weight, the mean of p_a / q, which is 1 on average for a policy not learned from this log.
-    Sources: Williams 1992, https://doi.org/10.1007/BF00992696; Sutton & Barto, Reinforcement
-    Learning, 2nd edition 2018, chapter 13; for logs Joachims, Swaminathan & de Rijke 2018,
-    https://openreview.net/forum?id=SJaP_-xAb.
+        actions: [...] int64, 0 <= action < C, or -100.
+        advantages: [...] real or bool, finite.
+        propensities: [...] floating, in (0, 1]: q, for actions from a log. None (default) for
+            actions just drawn from softmax(logits), as by sample_actions.
+        reduction: "mean", "sum" or "none".
 
-    Examples: a bandit that rewards action 3 of ten, on-line:
-        >>> logits = torch.zeros(2, 10, requires_grad=True)
+    Returns:
+        (loss, metrics): advantage, the mean of A. With propensities also weight, the mean of the
+        importance weights w = p_a / q, which is about 1 for a policy that was not learned from
+        this log; and effective, the effective sample size (sum w)^2 / sum w^2 as a fraction of the
+        number of examples, NaN if none counts.
+
+    Sources:
+        Williams 1992, https://doi.org/10.1007/BF00992696; Sutton & Barto, Reinforcement Learning,
+        2nd edition 2018, chapter 13; for logs Joachims, Swaminathan & de Rijke 2018,
+        https://openreview.net/forum?id=SJaP_-xAb; doubly robust: Dudik, Langford & Li 2011,
+        https://arxiv.org/abs/1103.4601.
+
+    Examples:
+        On-line, with a learned baseline, V = sigmoid(baseline), and a bonus for entropy. The
+        network has one output more than there are actions. Action 3 is rewarded.
+
+        >>> network = torch.nn.Linear(8, 10 + 1)
+        >>> outputs = network(torch.randn(32, 8))
+        >>> logits, baseline = outputs[:, :10], outputs[:, 10]
         >>> actions = sample_actions(logits)
-        >>> loss, metrics = policy_gradient(logits, actions, rewards=actions == 3)
-        >>> round(metrics["entropy"].item(), 4)  # log(10): ten equally likely actions
-        2.3026
+        >>> rewards = (actions == 3).float()
+        >>> loss, metrics = policy_gradient(logits, actions, rewards - baseline.sigmoid())
+        >>> loss = loss - 0.04 * entropy(logits).mean()
+        >>> loss = loss + F.binary_cross_entropy_with_logits(baseline, rewards)
+        >>> loss.backward()
 
-        From a log of what another policy did, with which probability:
-        >>> actions, rewards, q = torch.tensor([[3, 7], [1, 0], [0.2, 0.5]]).unbind()
-        >>> loss, metrics = policy_gradient(logits, actions.long(), rewards, propensities=q)
-        >>> round(metrics["weight"].item(), 4)  # (0.1 / 0.2 + 0.1 / 0.5) / 2
-        0.35
+        From a log, which must say with which probability each action was chosen:
+
+        >>> logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [2.0, 0.0, 0.0, 0.0]])
+        >>> actions, rewards, q = torch.tensor([[3, 0], [1, 0], [0.25, 0.5]]).unbind()
+        >>> actions = actions.long()
+        >>> loss, metrics = policy_gradient(logits, actions, rewards, propensities=q)
+        >>> {name: round(value.item(), 3) for name, value in metrics.items()}
+        {'advantage': 0.5, 'weight': 1.211, 'effective': 0.97}
+
+        Clipped weights have less variance and some bias. Here none exceeds 1 / 0.3:
+
+        >>> loss, _ = policy_gradient(logits, actions, rewards, propensities=q.clamp(min=0.3))
+
+        Self-normalised weights: with the weighted mean reward as V, the gradient is that of
+        -sum(w r) / sum(w), times the mean weight.
+
+        >>> w = logits.softmax(-1).gather(-1, actions[:, None]).squeeze(-1) / q
+        >>> v = (w * rewards).sum() / w.sum()
+        >>> loss, _ = policy_gradient(logits, actions, rewards - v, propensities=q)
+
+        Doubly robust: values that value_function has learned stand in for the actions that were
+        not taken. The gradient is right on average if they are, or if q is.
+
+        >>> value_logits = torch.zeros(2, 4, requires_grad=True)
+        >>> value_loss, _ = value_function(value_logits, actions, rewards)
+        >>> v = value_logits.detach().sigmoid()
+        >>> v_a = v.gather(-1, actions[:, None]).squeeze(-1)
+        >>> loss, _ = policy_gradient(logits, actions, rewards - v_a, propensities=q)
+        >>> loss = loss - (logits.softmax(-1) * v).sum(-1).mean()
     """
-    low, high = (-_FINITE, _FINITE) if baseline is None else (0, 1)
-    r = _check_bandit(logits, actions, rewards, low, high)
-    _check_range("entropy_weight", entropy_weight, 0, _FINITE, Real)
-    log_p = _scores(logits).log_softmax(-1)
-    log_p_a, entropy = _at(log_p, actions), -(log_p.exp() * log_p).sum(-1)
-    metrics = {"reward": _mean(r), "entropy": _mean(entropy).detach()}
-    weight, advantage, loss = (log_p_a - log_p_a.detach()).exp(), r, -entropy_weight * entropy
-    if propensities is not None:
-        _check("propensities", propensities, "floating", *actions.shape)
-        _check_range("propensities", propensities, _ABOVE_0, 1)
-        weight = (log_p_a - _wide(propensities.detach()).log()).exp()
-        metrics["weight"] = _mean(weight).detach()
-    if baseline is not None:
-        _check("baseline", baseline, "floating", *actions.shape)
-        x_v = _wide(baseline)
-        x_v = x_v + 0 * x_v  # + 0, or NaN for an overflow
-        v = x_v.detach().sigmoid()
-        baseline_loss = F.binary_cross_entropy_with_logits(x_v, r, reduction="none")
-        advantage, loss = r - v, loss + baseline_loss
-        metrics["baseline"], metrics["baseline_loss"] = _mean(v), _mean(baseline_loss).detach()
-    return _mean(loss - advantage * weight), metrics
+    _check_logits("logits", logits)
+    _check_ids("actions", actions, logits)
+    _check_tensor("advantages", advantages, "real or bool", actions.shape)
+    _check_values("advantages", advantages, advantages.isfinite(), "finite")
+    mask = actions != LEFT_OUT
+    a = actions.where(mask, 0)
+    x = logits.to(_precision(logits))
+    A = advantages.detach().to(x.dtype)
+    log_p_a = _pick(x.log_softmax(-1), a)
+    metrics = {"advantage": _mean(A, mask)}
+    if propensities is None:
+        loss = -A * log_p_a
+        return _reduce(loss, mask, reduction), metrics
+
+    _check_tensor("propensities", propensities, "floating", actions.shape)
+    _check_values(
+        "propensities", propensities, (propensities > 0) & (propensities <= 1), "in (0, 1]"
+    )
+    q = propensities.detach().to(x.dtype)
+    w = log_p_a.exp() / q
+    loss = -A * w
+    metrics["weight"] = _mean(w, mask)
+    metrics["effective"] = _mean(w, mask) ** 2 / _mean(w**2, mask)
+    return _reduce(loss, mask, reduction), metrics
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """How undecided a policy is: 0 if one action is certain, log(C) if all are equally likely.
+
+        H(p) = -sum_c p_c log p_c
+
+    Args:
+        logits: [..., C] floating.
+
+    Returns:
+        [...] the entropy of each example, in nats, with gradient.
+
+    Example:
+        >>> entropy(torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, -math.inf]]))
+        tensor([1.0986, 0.6931])
+    """
+    _check_logits("logits", logits)
+    x = logits.to(_precision(logits))
+    log_p = x.log_softmax(-1)
+    return _cross_entropy(log_p.exp(), log_p)
 
 
 def epsilon_greedy(
     logits: Tensor, epsilon: float = 0.2, *, generator: Generator | None = None
 ) -> Tensor:
-    """Choose the action of the highest score, or, with probability epsilon, any at random.
+    """Take the action of the highest score, or, with probability epsilon, any at random.
 
-    Of logits, [..., C] floating, it makes actions, [...] int64; epsilon is in [0, 1], a generator
-    makes the choice repeatable. The propensity of an action, for a log, is
-    (1 - epsilon) [a = argmax x] + epsilon / C, with C not counting what is masked.
+    The propensity of action a, to be stored in a log, is (1 - epsilon) [a = argmax x] + epsilon / n
+    with n actions that are not masked.
+
+    Args:
+        logits: [..., C] floating, no NaN; in each example one at least is finite and none is inf.
+        epsilon: in [0, 1].
+        generator: makes the choice repeatable.
+
+    Returns:
+        [...] the actions, int64.
 
     Example:
         >>> epsilon_greedy(torch.tensor([[0.0, 2.0, 1.0]]), epsilon=0)
         tensor([1])
     """
-    _check("logits", logits, "floating", "...", "C")
-    _check_range("epsilon", epsilon, 0, 1, Real)
-    # The largest of C uniform numbers is at any action with the same probability.
-    uniform = partial(torch.rand, dtype=torch.float32, device=logits.device, **_given(generator))
-    anything = uniform(logits.shape).masked_fill(logits == -math.inf, -1).argmax(-1)
-    explore = uniform(logits.shape[:-1]) < epsilon
-    return torch.where(explore, anything, logits.argmax(-1))
+    _check_logits("logits", logits)
+    _check_choice(logits)
+    _check_number("epsilon", epsilon, 0, 1)
+    best = logits.argmax(-1)
+    # The highest of n uniform numbers is that of each action with the same probability.
+    numbers = _rand(logits.shape, torch.float32, logits.device, generator)
+    random = numbers.masked_fill(logits == -math.inf, -1).argmax(-1)
+    explores = _rand(best.shape, torch.float32, logits.device, generator) < epsilon
+    return torch.where(explores, random, best)
 
 
 def sample_actions(logits: Tensor, *, generator: Generator | None = None) -> Tensor:
-    """Draw an action from the policy softmax(x).
+    """Draw an action from the policy p = softmax(x).
 
-    Of logits, [..., C] floating, it makes actions, [...] int64; a generator makes the draw
-    repeatable. The propensity of an action, for a log, is softmax(x)_a.
+    The propensity of action a, to be stored in a log, is p_a.
+
+    Args:
+        logits: [..., C] floating, no NaN; in each example one at least is finite and none is inf.
+        generator: makes the draw repeatable.
+
+    Returns:
+        [...] the actions, int64.
 
     Example:
         >>> sample_actions(torch.tensor([[-math.inf, 0.0], [0.0, -math.inf]]))
         tensor([1, 0])
     """
-    _check("logits", logits, "floating", "...", "C")
-    p = _wide(logits.detach()).softmax(-1)
-    # The first of C exponential clocks with rates p to ring is a with probability p_a.
-    # torch.multinomial draws the same way, but makes a GPU wait for checks of p.
-    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+    _check_logits("logits", logits)
+    _check_choice(logits)
+    p = logits.detach().to(_precision(logits)).softmax(-1)
+    # Of exponential clocks with rates p, clock a is the first to ring with probability p_a.
+    # torch.multinomial draws the same way, but makes a GPU wait for its checks of p.
+    times = torch.empty_like(p).exponential_(generator=generator)
+    return (p / times).argmax(-1)
 
 
 class LogUniform:
     """Noise for classes sorted by falling frequency, as words in a vocabulary often are.
 
-    P(c) = log((c + 2) / (c + 1)) / log(n_classes + 1), close to Zipf's law. A draw inverts the
-    distribution function, so n draws cost O(n) whatever n_classes is.
+        q_c = log((c + 2) / (c + 1)) / log(n_classes + 1)
+
+    This is close to Zipf's law. A draw inverts the distribution function, so that its cost does
+    not depend on n_classes.
 
     Args:
         n_classes: the number of classes, at least 1.
-        device: where samples are made; None is PyTorch's default device.
+        device: where samples are made; None (default) is PyTorch's default device.
 
     Example:
         >>> LogUniform(3).log_prob(torch.arange(3)).exp()
@@ -369,29 +542,33 @@ class LogUniform:
     """
 
     def __init__(self, n_classes: int, *, device: torch.device | str | None = None):
-        _check_range("n_classes", n_classes, 1, _FINITE, int)
-        self.n_classes, self.device = n_classes, torch.empty(0, device=device).device
+        _check_number("n_classes", n_classes, 1, math.inf, int)
+        self.n_classes = n_classes
+        self.device = torch.empty(0, device=device).device
 
     def sample(self, shape: Sequence[int], *, generator: Generator | None = None) -> Tensor:
         """Class ids of this shape, int64, drawn independently."""
-        u = torch.rand(shape, dtype=_widest(self.device), device=self.device, **_given(generator))
+        u = _rand(shape, _widest(self.device), self.device, generator)
         ids = (u * math.log(self.n_classes + 1)).exp().long() - 1
         return ids.clamp(max=self.n_classes - 1)  # exp may round up
 
     def log_prob(self, ids: Tensor) -> Tensor:
-        """log P(id) for ids of any shape, int64; float64, but float32 on Apple's GPUs."""
-        share = (1 / (ids.to(_widest(ids.device)) + 1)).log1p()
-        return share.log() - math.log(math.log(self.n_classes + 1))
+        """log q of ids of any shape, int64; float64, but float32 on Apple's GPUs."""
+        c = ids.to(_widest(ids.device))
+        return (1 / (c + 1)).log1p().log() - math.log(math.log(self.n_classes + 1))
 
 
 class ClassFrequencies:
     """Noise in proportion to given counts or weights, for any number of classes.
 
+        q_c = counts_c / sum_i counts_i
+
     A Categorical of torch.distributions does the same, but reads all C probabilities at every draw
-    and stops at 2^24 classes. This looks n draws up in the cumulative sum, O(n log C).
+    and stops at 2^24 classes. This looks up n draws in the cumulative sum, in O(n log C).
 
     Args:
-        counts: [C] real or bool, not negative, not all 0; on the device where samples are wanted.
+        counts: [C] real or bool, not negative, finite, not all 0; on the device where samples are
+            wanted.
 
     Example:
         >>> ClassFrequencies(torch.tensor([3, 0, 1])).log_prob(torch.tensor([0, 2])).exp()
@@ -399,141 +576,183 @@ class ClassFrequencies:
     """
 
     def __init__(self, counts: Tensor):
-        _check("counts", counts, "real or bool", "C")
-        _check_range("counts", counts, 0, _FINITE)
+        _check_tensor("counts", counts, "real or bool", ("C",))
+        _check_values(
+            "counts", counts, (counts >= 0) & counts.isfinite(), "finite and not negative"
+        )
+        _check_values("counts", counts, counts.any(), "above 0 for one class at least")
         counts = counts.detach().to(_widest(counts.device))
-        total, cumulative = counts.sum(), counts.cumsum(0)
-        _check_range("counts.sum()", total, _ABOVE_0, _FINITE)
-        self.n_classes, self.probabilities = len(counts), counts / total
+        self.n_classes = len(counts)
+        self.probabilities = counts / counts.sum()
+        cumulative = counts.cumsum(0)
         self.cumulative = cumulative / cumulative.max()  # ends at 1, without rounding
 
     def sample(self, shape: Sequence[int], *, generator: Generator | None = None) -> Tensor:
         """Class ids of this shape, int64, drawn independently."""
-        kind, device = self.cumulative.dtype, self.cumulative.device
-        u = torch.rand(shape, dtype=kind, device=device, **_given(generator))
+        u = _rand(shape, self.cumulative.dtype, self.cumulative.device, generator)
         return torch.searchsorted(self.cumulative, u, right=True)
 
     def log_prob(self, ids: Tensor) -> Tensor:
-        """log P(id) for ids of any shape, int64; float64, but float32 on Apple's GPUs."""
+        """log q of ids of any shape, int64; float64, but float32 on Apple's GPUs."""
         return self.probabilities.take(ids).log()
 
 
-def _draw(noise: Any, n_samples: int, weight: Tensor, generator: Generator | None) -> Tensor:
-    """Noise classes, sorted, to look labels up, and to visit memory in its order."""
-    _check_range("n_samples", n_samples, 1, _FINITE, int)
-    given, size, n_classes = _given(generator), (n_samples,), len(weight)
-    if noise is None:
-        return torch.randint(n_classes, size, device=weight.device, **given).sort()[0]
-    if isinstance(noise, type) or not (hasattr(noise, "sample") and hasattr(noise, "log_prob")):
-        raise TypeError(f"noise must have sample(shape) and log_prob(ids), got {noise!r}")
-    if getattr(noise, "n_classes", n_classes) != n_classes:
-        raise ValueError(f"noise must be over C={n_classes} classes, got {noise.n_classes}")
-    drawn: Tensor = noise.sample(size, **given)
-    _check("noise.sample(shape)", drawn, "int64", n_samples)
-    _check_range("noise.sample(shape)", drawn, 0, n_classes - 1)
-    return drawn.sort()[0]
+class _Uniform:
+    def __init__(self, n_classes: int, device: torch.device):
+        self.n_classes = n_classes
+        self.device = device
+
+    def sample(self, shape: Sequence[int], *, generator: Generator | None = None) -> Tensor:
+        return torch.randint(self.n_classes, shape, device=self.device, **_optional(generator))
+
+    def log_prob(self, ids: Tensor) -> Tensor:
+        dtype = _widest(ids.device)
+        return torch.full(ids.shape, -math.log(self.n_classes), dtype=dtype, device=ids.device)
 
 
-def _given(generator: Generator | None) -> dict[str, Any]:
-    """As an argument, left out if None: torch.compile knows no generator, not even that one."""
-    return {} if generator is None else {"generator": generator}
+# What the functions above share
+
+
+def _pick(x: Tensor, ids: Tensor) -> Tensor:
+    """x_id of each example: [..., C] and [...] make [...]."""
+    return x.gather(-1, ids[..., None]).squeeze(-1)
+
+
+def _split(rows: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of the labels t, in their shape, and those of the noise classes behind them."""
+    rows_t, rows_c = rows.tensor_split([t.numel()])
+    return rows_t.reshape(t.shape + rows.shape[1:]), rows_c
+
+
+def _cross_entropy(q: Tensor, log_p: Tensor) -> Tensor:
+    """-sum_c q_c log p_c, where 0 log 0 is 0."""
+    return -(q * log_p.masked_fill(q == 0, 0)).sum(-1)
+
+
+def _reduce(losses: Tensor, mask: Tensor, reduction: str) -> Tensor:
+    losses = losses.where(mask, 0)
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    if reduction == "mean":
+        return losses.sum() / mask.sum().clamp(min=1)
+    raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+
+
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean of the examples that count, detached, as metrics are."""
+    return _reduce(values.detach().to(_precision(values)), mask, "mean")
+
+
+def _precision(*tensors: Tensor) -> torch.dtype:
+    """The type of the arithmetic: the widest of the tensors', at least float32."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
 
 
 def _widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs lack
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """The tensor in at least float32."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def _rand(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, generator: Generator | None
+) -> Tensor:
+    return torch.rand(shape, dtype=dtype, device=device, **_optional(generator))
 
 
-def _scores(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Logits / temperature in at least float32, -inf and what is near it made finite.
-
-    The probability of such a logit is still 0, but 0 times its logarithm is then 0 and not NaN, and
-    clamp stops the gradient. An eighth of the largest number leaves room for sums. +inf, NaN stay.
-    """
-    x = _wide(logits)
-    limit, tiny = torch.finfo(x.dtype).max / 8, torch.finfo(x.dtype).tiny
-    # A divisor that rounds to 0 would turn a logit of 0 into NaN.
-    return torch.where(x < math.inf, (x / max(temperature, tiny)).clamp(-limit, limit), x)
+def _optional(generator: Generator | None) -> dict[str, Any]:
+    """The argument generator, left out if None: torch.compile cannot handle even that one."""
+    return {} if generator is None else {"generator": generator}
 
 
-def _at(x: Tensor, ids: Tensor) -> Tensor:
-    return x.gather(-1, ids[..., None]).squeeze(-1)
+def _draw(noise: Noise, n_samples: int, n_classes: int, generator: Generator | None) -> Tensor:
+    _check_number("n_samples", n_samples, 1, math.inf, int)
+    if isinstance(noise, type) or not (hasattr(noise, "sample") and hasattr(noise, "log_prob")):
+        raise TypeError(f"noise must have sample(shape) and log_prob(ids), got {noise!r}")
+    known = getattr(noise, "n_classes", n_classes)
+    if known != n_classes:
+        raise ValueError(f"noise must be over C = {n_classes} classes, got {known}")
+    c = noise.sample((n_samples,), **_optional(generator))
+    _check_tensor("noise.sample(shape)", c, "int64", (n_samples,))
+    _check_values("noise.sample(shape)", c, (c >= 0) & (c < n_classes), f"in [0, {n_classes})")
+    return c
 
 
-def _mean(values: Tensor, told: Tensor | None = None) -> Tensor:
-    """The mean, or that of the examples told about, without overflow on the way; 0 of nothing."""
-    values = _wide(values)
-    if told is None:
-        return (values / max(values.numel(), 1)).sum()
-    return (torch.where(told, values, 0.0) / told.sum().clamp(min=1)).sum()
+# Checks
 
 
-_ABOVE_0, _FINITE = math.nextafter(0, 1), sys.float_info.max  # ends of intervals that are open
-_KINDS: dict[str, Callable[[Tensor], bool]] = {
-    "floating": lambda tensor: tensor.is_floating_point(),
-    "int64": lambda tensor: tensor.dtype == torch.int64,
-    "real or bool": lambda tensor: not tensor.is_complex(),
-}
-
-
-def _check(name: str, value: Tensor, kind: str, *shape: int | str) -> None:
-    """Raise unless value is such a tensor; "..." is any dimensions, another name any size but 0."""
+def _check_tensor(name: str, value: Tensor, kind: str, shape: Sequence[int | str]) -> None:
+    """Raise unless value is a tensor of this kind and shape; a letter is any size but 0."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if not _KINDS[kind](value):
+    is_kind = {
+        "floating": value.is_floating_point(),
+        "int64": value.dtype == torch.int64,
+        "real or bool": not value.is_complex(),
+    }
+    if not is_kind[kind]:
         raise TypeError(f"{name} must be {kind}, got {value.dtype}")
-    want = shape[shape[:1] == ("...",) :]
-    got = value.shape[max(value.ndim - len(want), 0) :] if want != shape else value.shape
-    fits = [g > 0 if isinstance(w, str) else g == w for g, w in zip(got, want)]
-    if len(got) != len(want) or not all(fits):
-        sizes = ", ".join(map(str, shape))
-        raise ValueError(f"{name} must have shape [{sizes}], got {list(value.shape)}")
+    same = [n > 0 if isinstance(size, str) else n == size for n, size in zip(value.shape, shape)]
+    if value.ndim != len(shape) or not all(same):
+        wanted = ", ".join(str(size) for size in shape)
+        raise ValueError(f"{name} must have shape [{wanted}], got {list(value.shape)}")
 
 
-def _check_range(name: str, value: Any, low: float, high: float, kind: Any = Tensor) -> None:
-    """Raise unless the values of a tensor, or one number of this kind, are in [low, high]."""
-    if not isinstance(value, kind) or isinstance(value, bool):
+def _check_logits(name: str, logits: Tensor, size: str = "C") -> None:
+    """Raise unless logits are floating and of shape [..., C]."""
+    leading = logits.shape[:-1] if isinstance(logits, Tensor) else ()
+    _check_tensor(name, logits, "floating", (*leading, size))
+
+
+def _check_layer(embeddings: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise unless the tensors fit one another, as arguments of sampled_softmax."""
+    _check_logits("embeddings", embeddings, "D")
+    _check_tensor("weight", weight, "floating", ("C", embeddings.shape[-1]))
+    if bias is None:
+        bias = weight.new_zeros(1).expand(len(weight))
+    _check_tensor("bias", bias, "floating", weight.shape[:1])
+    _check_ids("labels", labels, bias.expand(*embeddings.shape[:-1], -1))
+
+
+def _check_ids(name: str, ids: Tensor, logits: Tensor) -> None:
+    """Raise unless ids, labels or actions, are classes that exist and are not masked, or -100."""
+    _check_tensor(name, ids, "int64", logits.shape[:-1])
+    n_classes = logits.shape[-1]
+    left_out = ids == LEFT_OUT
+    valid = left_out | ((ids >= 0) & (ids < n_classes))
+    _check_values(name, ids, valid, f"in [0, {n_classes}) or {LEFT_OUT}")
+    scores = _pick(logits.detach(), ids.masked_fill(left_out, 0))
+    _check_values(name, ids, left_out | (scores != -math.inf), "of classes that are not masked")
+
+
+def _check_choice(logits: Tensor) -> None:
+    """Raise where NaN or inf leaves open which action is best, or all are masked."""
+    highest = logits.detach().amax(-1)
+    _check_values("logits", highest, highest.isfinite(), "finite for one action at least, not NaN")
+
+
+def _check_values(name: str, values: Tensor, valid: Tensor, rule: str) -> None:
+    """Raise unless all are valid; do nothing where to read that is impossible, or slow."""
+    if valid.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    try:
+        all_valid = bool(valid.all())
+    except RuntimeError:  # under vmap
+        return
+    if not all_valid:
+        raise ValueError(f"{name} must be {rule}, got {values[~valid].flatten()[0].item()}")
+
+
+def _check_number(
+    name: str, value: float, low: float, high: float, kind: type = Real, *, exclusive: bool = False
+) -> None:
+    """Raise unless value, of this kind, is in [low, high], or in (low, high) if exclusive."""
+    if isinstance(value, bool) or not isinstance(value, kind):
         raise TypeError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}")
-    least, most = _extremes(value, (low, high)) if kind is Tensor else (value, value)
-    if not (low <= least and most <= high):
-        start = {_ABOVE_0: "(0", -_FINITE: "(-inf"}.get(low, f"[{low}")
-        end = "inf)" if high == _FINITE else f"{high}]"
-        got = f"{least}" if least == most else f"values from {least} to {most}"
-        raise ValueError(f"{name} must lie in {start}, {end}, got {got}")
-
-
-def _extremes(tensor: Tensor, unknown: tuple[float, float]) -> tuple[float, float]:
-    """The least and the greatest value; unknown where there are none, where reading them makes
-    the program wait for a GPU, and where that is impossible: while compiling, under vmap."""
-    if tensor.device.type == "cpu" and not torch.compiler.is_compiling() and tensor.numel():
-        try:
-            low, high = tensor.aminmax()
-            return low.item(), high.item()
-        except RuntimeError:  # vmap: "We don't support vmap over calling .item()"
-            pass
-    return unknown
-
-
-def _check_labels(labels: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The labels, 0 where an example is to be left out, and where not, so that it is told."""
-    _check("labels", labels, "int64", *shape[:-1])
-    told = labels != -100
-    t = torch.where(told, labels, 0)
-    _check_range("labels", t, 0, shape[-1] - 1)
-    return t, told
-
-
-def _check_bandit(
-    logits: Tensor, actions: Tensor, rewards: Tensor, low: float, high: float
-) -> Tensor:
-    """The rewards, in the precision of the arithmetic."""
-    _check("logits", logits, "floating", "...", "C")
-    _check("actions", actions, "int64", *logits.shape[:-1])
-    _check_range("actions", actions, 0, logits.shape[-1] - 1)
-    _check("rewards", rewards, "real or bool", *logits.shape[:-1])
-    _check_range("rewards", rewards, low, high)
-    return rewards.detach().to(_wide(logits).dtype)
+    inside = low < value < high if exclusive else low <= value <= high
+    if not inside:
+        interval = f"({low}, {high})" if exclusive else f"[{low}, {high}]"
+        raise ValueError(f"{name} must be in {interval}, got {value}")

@@ -1,13 +1,19 @@
 """Print what the objectives cost, as tables. Run by hand: python tests/benchmark.py [table ...]
 
-Tables: classes (one training step of a last layer by number of classes, against full softmax,
-adaptive softmax and, where it is installed, TensorFlow), overhead (each objective against
-F.cross_entropy and a training step of the notebook). Every case runs in a process of its own with
-the same number of threads. The cases take turns: times are medians over the rounds, ratios are
-medians of the ratios within a round.
+classes: one training step of a last layer by number of classes, with full softmax, PyTorch's own
+softmax in chunks, adaptive softmax, sampled softmax and, where it is installed, TensorFlow's.
+Labels follow Zipf's law and classes are sorted by frequency, which is what adaptive softmax and
+log-uniform noise are made for.
+
+overhead: each objective against F.cross_entropy.
+
+Every case of the first table runs in a process of its own, and the cases take turns: times are
+medians over the rounds, ratios are medians of the ratios within a round. On a CPU that is shared,
+--threads 1 --processor-time counts only what this process computes.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -20,8 +26,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 N, D, N_SAMPLES = 256, 128, 1000
-SIZES = [10**3, 10**4, 10**5, 10**6]
-METHODS = ["full", "dense", "sparse", "adaptive", "tensorflow", "products"]
+METHODS = ["full", "chunked", "adaptive", "dense", "sparse", "tensorflow", "products"]
+N_BATCHES = 1000
+
+
+def zipf_labels(n_classes):
+    """Batches of labels, class c with a frequency in proportion to 1 / (c + 1)."""
+    import torch
+
+    from objectives import ClassFrequencies
+
+    generator = torch.Generator().manual_seed(0)
+    frequencies = ClassFrequencies(1 / torch.arange(1, n_classes + 1))
+    return frequencies.sample((N_BATCHES, N), generator=generator)
 
 
 def torch_step(method, n_classes, device):
@@ -29,11 +46,12 @@ def torch_step(method, n_classes, device):
     import torch
     import torch.nn.functional as F
 
-    from objectives import sampled_softmax
+    from objectives import LogUniform, sampled_softmax
 
     torch.manual_seed(0)
     embeddings = torch.randn(N, D, device=device, requires_grad=True)
-    batches = iter(torch.randint(n_classes, (10_000, N), device=device))
+    batches = itertools.cycle(zipf_labels(n_classes).to(device))
+    noise = LogUniform(n_classes, device=device)
     if method == "products":  # what no sampled softmax can do without
         rows = torch.randn(N_SAMPLES, D, device=device)
         scores = torch.randn(N, N_SAMPLES, device=device)
@@ -48,10 +66,14 @@ def torch_step(method, n_classes, device):
     def loss(labels):
         if method == "full":
             return F.cross_entropy(layer(embeddings), labels)
+        if method == "chunked":
+            options = torch.nn.LinearCrossEntropyOptions()
+            settings = {"linear_bias": layer.bias, "options": options}
+            return F.linear_cross_entropy(embeddings, layer.weight, labels, **settings)
         if method == "adaptive":
             return layer(embeddings, labels).loss
-        how = {"n_samples": N_SAMPLES, "sparse": method == "sparse"}
-        return sampled_softmax(embeddings, labels, layer.weight, layer.bias, **how)[0]
+        settings = {"n_samples": N_SAMPLES, "noise": noise, "sparse": method == "sparse"}
+        return sampled_softmax(embeddings, labels, layer.weight, layer.bias, **settings)[0]
 
     def step():
         loss(next(batches)).backward()
@@ -72,11 +94,11 @@ def tensorflow_step(n_classes, threads):
     weight = tf.Variable(tf.random.normal([n_classes, D]) / math.sqrt(D))
     bias = tf.Variable(tf.zeros([n_classes]))
     embeddings = tf.Variable(tf.random.normal([N, D]))
-    batches = iter(tf.random.uniform([10_000, N, 1], maxval=n_classes, dtype=tf.int64))
+    batches = itertools.cycle(tf.constant(zipf_labels(n_classes).numpy())[:, :, None])
 
     @tf.function
     def train(labels):
-        sampled = tf.random.uniform_candidate_sampler(labels, 1, N_SAMPLES, False, n_classes)
+        sampled = tf.random.log_uniform_candidate_sampler(labels, 1, N_SAMPLES, False, n_classes)
         with tf.GradientTape() as tape:
             loss = tf.reduce_mean(
                 tf.nn.sampled_softmax_loss(
@@ -99,15 +121,16 @@ def waiter(device):
     return torch.cuda.synchronize
 
 
-def times_of(step, seconds, device):
+def times_of(step, case, seconds):
     """The times of as many steps as fit into these seconds, but at least one."""
-    wait, times = waiter(device), []
-    until = time.perf_counter() + seconds
-    while not times or time.perf_counter() < until:
-        started = time.perf_counter()
+    wait = waiter(case["device"])
+    clock = time.process_time if case["processor_time"] else time.perf_counter
+    times = []
+    while not times or sum(times) < seconds:
+        started = clock()
         step()
         wait()
-        times.append(time.perf_counter() - started)
+        times.append(clock() - started)
     return times
 
 
@@ -149,10 +172,10 @@ def measure_memory(case):
 def serve_times(case):
     """Time the step again whenever a line comes in, and answer with the median."""
     step = step_of(case)
-    times_of(step, 0.2, case["device"])  # the first steps are slower
+    times_of(step, case, 0.2)  # the first steps are slower
     print(json.dumps("ready"), flush=True)
     for _ in sys.stdin:
-        times = times_of(step, case["slice"], case["device"])
+        times = times_of(step, case, case["slice"])
         print(json.dumps(statistics.median(times)), flush=True)
 
 
@@ -201,7 +224,7 @@ def classes_table(case):
     mapped = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     print(f"one training step of the last layer: N={N}, D={D}, n_samples={N_SAMPLES}")
     print(f"{'classes':>9} {'method':11} {'ms':>9} {'memory, MB':>11} {'time / sparse':>14}")
-    for n_classes in SIZES:
+    for n_classes in case["sizes"]:
         cases = {method: {**case, "method": method, "classes": n_classes} for method in METHODS}
         times = side_by_side(cases)
         for method in METHODS:
@@ -215,10 +238,12 @@ def classes_table(case):
                 f"{memory:>11.1f} {ratio(times[method], times['sparse']):>14.2f}",
                 flush=True,
             )
-    sparse = side_by_side({n: {**case, "method": "sparse", "classes": n} for n in SIZES})
-    print(f"sparse by number of classes, its time relative to that at {SIZES[1]:,}:")
-    for n_classes, times in sparse.items():
-        print(f"{n_classes:>9,} {ratio(times, sparse[SIZES[1]]):.2f}")
+    sparse = {n: {**case, "method": "sparse", "classes": n} for n in case["sizes"]}
+    times = side_by_side(sparse)
+    fewest, most = min(times), max(times)
+    print(
+        f"sparse, {most:,} classes relative to {fewest:,}: {ratio(times[most], times[fewest]):.2f}"
+    )
 
 
 def objective_calls(n, n_classes, device):
@@ -229,73 +254,52 @@ def objective_calls(n, n_classes, device):
     import objectives as o
 
     torch.manual_seed(0)
-    logits, baseline = torch.randn(n, n_classes, device=device), torch.zeros(n, device=device)
-    labels, size = torch.randint(n_classes, (n,), device=device), 256
-    head = torch.nn.Linear(size, n_classes, device=device)
-    embeddings = torch.randn(n, size, device=device, requires_grad=True)
-    x, v = logits.clone().requires_grad_(), baseline.requires_grad_()
+    teacher_logits = torch.randn(n, n_classes, device=device)
+    x = teacher_logits.clone().requires_grad_()
+    labels = torch.randint(n_classes, (n,), device=device)
+    head = torch.nn.Linear(256, n_classes, device=device)
+    embeddings = torch.randn(n, 256, device=device, requires_grad=True)
 
-    def played(choose):
-        actions = choose(x)
-        return x, actions, actions == labels
+    def value_function():
+        actions = o.epsilon_greedy(x)
+        return o.value_function(x, actions, actions == labels)[0]
+
+    def policy_gradient():
+        actions = o.sample_actions(x)
+        return o.policy_gradient(x, actions, actions == labels)[0]
 
     losses = {
         "F.cross_entropy": lambda: F.cross_entropy(x, labels),
         "softmax_cross_entropy": lambda: o.softmax_cross_entropy(x, labels)[0],
-        "teacher_student": lambda: o.teacher_student(x, labels, logits)[0],
+        "teacher_student": lambda: o.teacher_student(x, labels, teacher_logits)[0],
         "linear layer, F.cross_entropy": lambda: F.cross_entropy(head(embeddings), labels),
         "sampled_softmax": lambda: o.sampled_softmax(embeddings, labels, head.weight, head.bias)[0],
-        "value_function": lambda: o.value_function(*played(o.epsilon_greedy))[0],
-        "policy_gradient": lambda: o.policy_gradient(*played(o.sample_actions), v)[0],
+        "value_function": value_function,
+        "policy_gradient": policy_gradient,
     }
     return {name: lambda loss=loss: loss().backward() for name, loss in losses.items()}
-
-
-def step_of_notebook(n, n_steps=20):
-    """A function that returns the seconds of a training step of the notebook, by its own cells."""
-    notebook = json.loads((Path(__file__).parent.parent / "training_objectives.ipynb").read_text())
-    source = {cell["id"]: "".join(cell["source"]) for cell in notebook["cells"]}
-    names = {"print": lambda *_: None}
-    machinery = ["network", "config", "predict", "train", "stand-in", "data", "optimizers"]
-    for cell in ["find-objectives", "imports", "device", *machinery]:
-        exec(source[cell], names)
-    classes, halves = names["stand_in"]()
-    data = names["Data"]("", classes, *(names["to_device"](*half) for half in halves))
-    config = names["Config"](1, n, optimizer="Muon", n_images=n * n_steps, n_test=1)
-
-    def softmax(model, images, labels):
-        return names["objectives"].softmax_cross_entropy(model(images), labels)
-
-    def seconds():
-        _, history, _ = names["train"](softmax, data, config, lambda text: None)
-        return history[0]["seconds"] / n_steps
-
-    return seconds
 
 
 def measure_overhead(case):
     import torch
 
     torch.set_num_threads(case["threads"])
-    step, calls = step_of_notebook(128), objective_calls(128, 10, case["device"])
+    calls = objective_calls(128, 10, case["device"])
     rounds = []
-    for _ in range(1 + case["rounds"]):
-        times = {"training step": step()}
-        for name, call in calls.items():
-            times[name] = statistics.median(times_of(call, case["slice"], case["device"]))
-        rounds.append(times)
-    return {name: [times[name] for times in rounds[1:]] for name in times}  # the first are slower
+    for _ in range(1 + case["rounds"]):  # the first is slower
+        times = [times_of(call, case, case["slice"]) for call in calls.values()]
+        rounds.append([statistics.median(each) for each in times])
+    return dict(zip(calls, zip(*rounds[1:])))
 
 
 def overhead_table(case):
-    """Loss, forward and backward, of each objective as a share of the tutorial's training step."""
+    """Loss, forward and backward, of each objective."""
     times = in_own_process("measure_overhead", case)
-    step = times.pop("training step")
-    milliseconds = 1000 * statistics.median(step)
-    print(f"loss and its gradient, N=128, C=10; a training step takes {milliseconds:.1f} ms")
-    print(f"{'':30} {'microseconds':>12} {'share of a step':>16}")
-    for name, seconds in times.items():
-        print(f"{name:30} {1e6 * statistics.median(seconds):>12.0f} {ratio(seconds, step):>16.2%}")
+    print("loss and its gradient, N=128, C=10")
+    print(f"{'':30} {'microseconds':>12} {'relative':>9}")
+    for name, each in times.items():
+        relative = ratio(each, times["F.cross_entropy"])
+        print(f"{name:30} {1e6 * statistics.median(each):>12.0f} {relative:>9.2f}")
 
 
 def main():
@@ -303,8 +307,10 @@ def main():
     tables = {"classes": classes_table, "overhead": overhead_table}
     parser.add_argument("tables", nargs="*", help=f"any of: {', '.join(tables)}; default: all")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processor-time", action="store_true")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=20, help="how often each case has its turn")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10**3, 10**4, 10**5, 10**6])
     parser.add_argument("--slice", type=float, default=0.25, help="seconds of a turn")
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()

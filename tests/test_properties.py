@@ -1,138 +1,364 @@
-"""Every objective on generated inputs: any shape, type, layout, size of scores, mask and setting.
-
-The suite takes a few hundred of them; the long profile takes minutes:
-pytest tests/test_properties.py --hypothesis-profile=long
-"""
+"""What holds for every objective: precision, reductions, examples left out, masks, and what
+PyTorch wraps around a loss: derivatives, autocast, torch.func, torch.compile, devices."""
 
 import math
+from functools import partial
 
+import pytest
 import torch
-from hypothesis import assume, given
-from hypothesis import strategies as st
-from test_objectives import CASES, FLOATS, INF, changed, evaluate, every_objective
-from torch.distributions import Categorical
+from helpers import (
+    CASES,
+    FLOATS,
+    LABELS,
+    SHARED,
+    C,
+    N,
+    cast,
+    changed,
+    close,
+    evaluate,
+    function,
+    ids_of,
+    is_zero,
+    learned,
+    normal,
+)
+from torch._dynamo import lookup_backend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from objectives import ClassFrequencies, LogUniform
+import objectives
+from objectives import ClassFrequencies, LogUniform, entropy, epsilon_greedy, sample_actions
 
-LAYOUTS = {
-    "contiguous": torch.clone,
-    "every second": lambda x: torch.stack([x, x], -1)[..., 0],
-    "transposed": lambda x: x.movedim(-1, 0).contiguous().movedim(0, -1),
-    "expanded": lambda x: x[:1].expand(x.shape),
+INF, NAN = math.inf, math.nan
+LEFT_OUT = torch.tensor([False, True, False, False, True, False])
+every_objective = pytest.mark.parametrize("name", CASES)
+
+
+@every_objective
+def test_metrics_are_detached_scalars(name):
+    names = {
+        "softmax_cross_entropy": ["accuracy"],
+        "teacher_student": ["accuracy", "agreement"],
+        "sampled_softmax": ["kept"],
+        "sampled_softmax sparse": ["kept"],
+        "value_function": ["reward"],
+        "value_function normalized": ["reward"],
+        "policy_gradient": ["advantage"],
+        "policy_gradient log": ["advantage", "weight", "effective"],
+    }
+    metrics = function(name)(**CASES[name])[1]
+    assert list(metrics) == names[name]
+    for value in metrics.values():
+        assert value.shape == () and value.is_floating_point() and not value.requires_grad
+
+
+@every_objective
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_arithmetic_is_at_least_float32_under_autocast_too(name, dtype):
+    """Only the gradients of the inputs are rounded to the inputs' type."""
+
+    def run(**arguments):
+        with torch.autocast("cpu", torch.bfloat16):
+            return function(name)(**arguments)
+
+    narrow = cast(CASES[name], dtype)
+    wide_dtype = torch.promote_types(dtype, torch.float32)
+    loss, metrics, grads = evaluate(name, run, **narrow)
+    wide_loss, wide_metrics, wide_grads = evaluate(name, **cast(narrow, wide_dtype))
+    assert loss.dtype == wide_dtype
+    close((loss, metrics), (wide_loss, wide_metrics), rtol=1e-6, atol=1e-6)
+    eps = torch.finfo(dtype).eps
+    for key, grad in grads.items():
+        assert grad.dtype == dtype
+        close(grad.to(wide_dtype), wide_grads[key], rtol=eps, atol=eps)
+
+
+@every_objective
+def test_reductions_are_the_losses_their_sum_and_their_mean(name):
+    ids = {ids_of(name): LABELS.masked_fill(LEFT_OUT, -100)}
+    losses, metrics, _ = evaluate(name, reduction="none", **ids)
+    assert losses.shape == (N,) and is_zero(losses[LEFT_OUT])
+    total, sum_metrics, grads = evaluate(name, reduction="sum", **ids)
+    mean, mean_metrics, mean_grads = evaluate(name, reduction="mean", **ids)
+    close((total, mean), (losses.sum(), losses[~LEFT_OUT].mean()))
+    assert metrics == sum_metrics == mean_metrics
+    for key, grad in grads.items():
+        close(grad, 4 * mean_grads[key])
+    with pytest.raises(ValueError, match="^reduction must be .* got 'average'"):
+        evaluate(name, reduction="average")
+
+
+@every_objective
+def test_minus_100_leaves_its_example_out(name):
+    ids = {ids_of(name): LABELS.masked_fill(LEFT_OUT, -100)}
+    loss, metrics, grads = evaluate(name, **ids)
+    kept = changed(CASES[name], lambda x: x[~LEFT_OUT], SHARED)
+    expected, expected_metrics, expected_grads = evaluate(name, **kept)
+    close((loss, metrics), (expected, expected_metrics))
+    for key, grad in grads.items():
+        if key in SHARED:
+            close(grad, expected_grads[key])
+        else:
+            close(grad[~LEFT_OUT], expected_grads[key])
+            assert is_zero(grad[LEFT_OUT])
+
+
+@every_objective
+@pytest.mark.parametrize("n", [0, N])
+def test_loss_and_gradient_of_no_example_are_zero(name, n):
+    none = changed(CASES[name], lambda x: x[:n], SHARED)
+    none[ids_of(name)] = torch.full((n,), -100)
+    loss, _, grads = evaluate(name, **none)
+    assert loss == 0 and all(is_zero(grad) for grad in grads.values())
+
+
+@every_objective
+@pytest.mark.parametrize("shape", [(), (2, 3), (3, 1, 2)])
+def test_leading_dimensions_are_those_of_a_flattened_batch(name, shape):
+    flat = changed(CASES[name], lambda x: x[: math.prod(shape)], SHARED)
+    shaped = changed(flat, lambda x: x.reshape((*shape, *x.shape[1:])), SHARED)
+    losses, metrics, grads = evaluate(name, reduction="none", **flat)
+    other_losses, other_metrics, other_grads = evaluate(name, reduction="none", **shaped)
+    assert other_losses.shape == shape
+    close((other_losses.flatten(), other_metrics), (losses, metrics))
+    for key, grad in other_grads.items():
+        close(grad, grads[key].reshape(shaped[key].shape))
+
+
+@every_objective
+def test_no_gradient_reaches_teachers_rewards_and_propensities(name):
+    arguments = changed(CASES[name], torch.clone)
+    for key in {"teacher_logits", "rewards", "advantages", "propensities"} & {*arguments}:
+        arguments[key].requires_grad_()
+    assert not function(name)(**arguments)[0].requires_grad
+
+
+# Masks, and other scores that are not finite
+
+
+@every_objective
+def test_a_masked_class_is_removed(name):
+    """Class 1 at -inf, or taken away: the same loss; its gradient is 0."""
+    ids = {ids_of(name): LABELS.where(LABELS != 1, 0)}
+    keep = torch.tensor([0, 2, 3, 4])
+    masked, removed = {}, {}
+    for key in {"logits", "teacher_logits", "bias"} & {*CASES[name]}:
+        masked[key] = CASES[name][key].index_fill(-1, torch.tensor(1), -INF)
+        removed[key] = CASES[name][key][..., keep]
+    loss, _, grads = evaluate(name, **ids, **masked)
+    assert loss.isfinite() and all(grad.isfinite().all() for grad in grads.values())
+    assert all(is_zero(grads[key][..., 1]) for key in masked if key in grads)
+    if "sampled" not in name:  # whose noise would be over four classes
+        fewer = {key: (t - 1).clamp(min=0) for key, t in ids.items()}
+        expected, _, expected_grads = evaluate(name, **fewer, **removed)
+        close(loss, expected)
+        close(grads["logits"][..., keep], expected_grads["logits"])
+
+
+def test_masks_of_student_and_teacher_may_differ():
+    """A class masked for the student does not exist; one masked for the teacher has target 0."""
+    name = "teacher_student"
+    x, teacher = CASES[name]["logits"].clone(), CASES[name]["teacher_logits"].clone()
+    x[0, 2] = -INF
+    teacher[1, 1] = -INF
+    _, _, grads = evaluate(name, logits=x, teacher_logits=teacher, temperature=1.0, alpha=0.5)
+    teacher[0, 2] = -INF
+    labels = torch.nn.functional.one_hot(LABELS, C)
+    close(grads["logits"], (x.softmax(1) - (teacher.softmax(1) + labels) / 2) / N)
+
+
+@every_objective
+def test_a_masked_class_is_refused_as_label_or_action(name):
+    key = "bias" if "sampled" in name else "logits"
+    masked = CASES[name][key].index_fill(-1, torch.tensor(1), -INF)
+    with pytest.raises(ValueError, match=f"^{ids_of(name)} must be .* not masked, got 1"):
+        evaluate(name, **{key: masked})
+
+
+@every_objective
+@pytest.mark.parametrize("bad", [INF, NAN])
+def test_a_score_that_is_not_finite_is_seen_in_the_loss_that_reads_it(name, bad):
+    """Each in turn, so that a GradScaler skips the step. value_function reads x_a alone."""
+    for key in {"logits", "teacher_logits", "embeddings"} & {*CASES[name]}:
+        for place in range(CASES[name][key].numel()):
+            row, column = divmod(place, CASES[name][key].shape[-1])
+            if name != "value_function" or LABELS[row] == column:
+                scores = CASES[name][key].clone()
+                scores[row, column] = bad
+                assert not evaluate(name, **{key: scores})[0].isfinite()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "value_function"])
+def test_a_single_class_teaches_nothing(name):
+    """Its softmax is 1 whatever the logit."""
+    one = {key: CASES[name][key][..., :1] for key in {"logits", "bias"} & {*CASES[name]}}
+    if "teacher_logits" in CASES[name]:
+        one["teacher_logits"] = CASES[name]["teacher_logits"][:, :1]
+    if "weight" in CASES[name]:
+        one["weight"] = CASES[name]["weight"][:1]
+    if "rewards" in CASES[name]:
+        one["rewards"] = torch.ones(N)
+    loss, _, grads = evaluate(name, **one, **{ids_of(name): 0 * LABELS})
+    assert loss.isfinite() and all(is_zero(grad) for grad in grads.values())
+
+
+# Derivatives
+
+
+def of_tensors(name, case, keys):
+    """The loss as a function of these arguments alone."""
+
+    def loss(*tensors):
+        torch.manual_seed(0)
+        return function(name)(**{**case, **dict(zip(keys, tensors))})[0]
+
+    return loss
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "sparse" not in name])
+def test_first_and_second_derivatives_are_those_of_differences(name):
+    two = changed(CASES[name], lambda x: x[:2].clone(), SHARED)
+    variables = {key: x.requires_grad_() for key, x in learned(two).items()}
+    loss = of_tensors(name, two, variables)
+    assert torch.autograd.gradcheck(loss, tuple(variables.values()))
+    assert torch.autograd.gradgradcheck(loss, tuple(variables.values()))
+
+
+@every_objective
+def test_gradients_per_example_are_those_of_the_batch(name):
+    """By torch.func. With randomness "same", noise classes are shared as in a batch."""
+    case = {**CASES[name], ids_of(name): LABELS.masked_fill(LEFT_OUT, -100)}
+    rows = {k: x for k, x in case.items() if isinstance(x, torch.Tensor) and k not in SHARED}
+    variables = {key: rows.pop(key) for key in ["logits", "embeddings"] if key in rows}
+
+    def loss(variables, rows):
+        return function(name)(**{**case, **variables, **rows})[0]
+
+    torch.manual_seed(0)
+    each = torch.vmap(torch.func.grad(loss), randomness="same")(variables, rows)
+    _, _, grads = evaluate(name, **case)
+    for key, grad in each.items():
+        close(grad / 4, grads[key])
+
+
+def test_noise_and_actions_can_be_drawn_for_each_example():
+    case = changed(CASES["sampled_softmax"], lambda x: x[:1].expand(100, *x.shape[1:]), SHARED)
+
+    def loss(e, t):
+        settings = {**case, "embeddings": e, "labels": t, "n_samples": 1}
+        return function("sampled_softmax")(**settings)[0]
+
+    torch.manual_seed(0)
+    losses = torch.vmap(loss, randomness="different")(case["embeddings"], case["labels"])
+    assert len(losses.unique()) == C  # each class but the label, and none
+    for choose in (partial(epsilon_greedy, epsilon=1.0), sample_actions):
+        actions = torch.vmap(choose, randomness="different")(torch.zeros(100, C))
+        assert len(actions.unique()) == C
+
+
+# torch.compile
+
+
+SIZES = [N, N, 9, 4, 13]  # of the batch; each setting goes with one
+SETTINGS = {
+    "teacher_student": [{"alpha": x, "temperature": 2 * x} for x in (0.5, 0.3, 0.7, 0.1, 0.9)],
+    "sampled_softmax": [{"n_samples": n} for n in (4, 5, 7, 3, 9)],
+    "sampled_softmax sparse": [{"n_samples": n, "noise": LogUniform(C)} for n in (4, 5, 7, 3, 9)],
 }
 
 
-@st.composite
-def problems(draw, sizes=(0.0, 1.0, 30.0)):
-    """Values for all arguments of all objectives. The tensors follow from one seed; no class
-    that is an id is masked."""
+def compiled(f):
+    """The function and a list with an entry for each of its graphs."""
+    graphs = []
 
-    def pick(*values):
-        return draw(st.sampled_from(values))
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, example_inputs)
 
-    n, c, d, dtype, size = (
-        pick(0, 1, 2, 6),
-        pick(1, 2, 3, 7),
-        pick(1, 4),
-        pick(*FLOATS),
-        pick(*sizes),
-    )
-    masked, layout = pick(0, 0.4), LAYOUTS[pick(*LAYOUTS)]
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
-    ids = layout(torch.randint(c, (n,), generator=generator))
-
-    def uniform(*shape):
-        return torch.rand(shape, generator=generator, dtype=torch.float64)
-
-    def floats(*shape, size=size):
-        """Normal numbers times size, some of them exactly size or -size."""
-        x = torch.randn(shape, generator=generator, dtype=torch.float64)
-        x = torch.where(uniform(*shape) < 0.2, x.sign(), x) * size
-        return layout((x.clamp(-60_000, 60_000) if dtype == torch.float16 else x).to(dtype))
-
-    logits, bias = floats(n, c), floats(c) if layout != LAYOUTS["expanded"] else floats(1).expand(c)
-    hidden = layout((uniform(n, c) < masked).scatter(1, ids[:, None], False))
-    counts = uniform(c) + 0.1
-    counts[1:] *= uniform(c - 1) < 0.7
-    noises = [None, LogUniform(c), ClassFrequencies(counts), Categorical(counts)]
-    return {
-        "logits": logits.masked_fill(hidden, -INF),
-        "teacher_logits": floats(n, c).masked_fill(hidden, -INF),
-        "embeddings": floats(n, d),
-        "weight": floats(c, d, size=1),
-        "bias": bias.masked_fill((uniform(c) < masked).scatter(0, ids, False), -INF),
-        "baseline": floats(n),
-        "labels": ids,
-        "actions": ids,
-        "rewards": layout(uniform(n).round(decimals=1).to(dtype).clamp(0, 1)),
-        "propensities": layout((1 - 0.9 * uniform(n)).to(dtype)),
-        "alpha": pick(0, 0.3, 1),
-        "temperature": pick(0.01, 0.5, 1, 2, 100),
-        "entropy_weight": pick(0, 0.3),
-        "n_samples": pick(1, 2, 5),
-        "noise": pick(*noises),
-    }
-
-
-def of_case(name, p):
-    noise = {"noise": p["noise"]} if "sampled" in name else {}
-    return {key: p.get(key, value) for key, value in CASES[name].items()} | noise
-
-
-def check_ranges(name, arguments, loss, metrics, grads):
-    """What holds for any input at all."""
-    assert loss.shape == () and loss.isfinite() and loss.dtype in (torch.float32, torch.float64)
-    for key, grad in grads.items():
-        assert grad.dtype == arguments[key].dtype and grad.isfinite().all()
-        assert (grad[arguments[key] == -INF] == 0).all()
-    for key, value in metrics.items():
-        c = arguments.get("logits", arguments.get("weight")).shape[-1]
-        most = {"entropy": math.log(c), "weight": INF, "baseline_loss": INF}.get(key, 1)
-        assert -1e-6 <= value <= most + 1e-5
+    torch._dynamo.reset()
+    return torch.compile(f, backend=backend, fullgraph=True), graphs
 
 
 @every_objective
-@given(p=problems())
-def test_results_are_those_of_contiguous_float64(name, p):
-    """To the rounding of the scores and, for gradients, of their own type."""
-    arguments = of_case(name, p)
-    if name == "value_function consistent":  # that of a sole action is 1, its loss infinite
-        assume(((p["logits"] > -INF).sum(1) > 1).all())
-    loss, metrics, grads = evaluate(name, **arguments)
-    check_ranges(name, arguments, loss, metrics, grads)
-    wide = changed(arguments, lambda x: (x.double() if x.is_floating_point() else x).contiguous())
-    wide_loss, wide_metrics, wide_grads = evaluate(name, **wide)
-    scores = [wide[key] for key in ("logits", "teacher_logits", "bias") if key in wide]
-    scores += [20 * wide["embeddings"]] if "embeddings" in wide else []
-    size = max([1.0, *(x[x > -INF].abs().sum().item() for x in scores)])
-    t = arguments.get("temperature", 1)
-    rounding = 64 * torch.finfo(loss.dtype).eps * size * (1 + 1 / t) * max(t, 1) ** 2
-    close(loss, wide_loss, 1e-5, rounding)
-    for key, value in metrics.items():
-        if key not in ("accuracy", "agreement"):
-            close(value, wide_metrics[key], 1e-5, rounding)
-    for key, grad in grads.items():
-        eps, other = torch.finfo(grad.dtype).eps, wide_grads[key]
-        close(grad, other, 4 * eps, (eps + rounding) * max([1.0, *other.abs().flatten().tolist()]))
+def test_one_graph_serves_all_batch_sizes_and_settings(name):
+    """Without a break: static first, then dynamic in the setting, then in the size."""
+    run, graphs = compiled(function(name))
+    for n, settings in zip(SIZES, SETTINGS.get(name, 5 * [{}])):
+        arguments = changed(CASES[name], lambda x, n=n: x[torch.arange(n) % N], SHARED)
+        arguments[ids_of(name)][:2] = -100
+        case = {**arguments, **settings}
+        close(evaluate(name, run, **case), evaluate(name, **case))
+    newest = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+    assert len(graphs) <= (3 if newest else 1 + len(SIZES))  # before: one for each float
 
 
-def close(actual, expected, rtol, atol):
-    torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=atol)
+def draw(noise, x):
+    ids = noise.sample(x.shape)
+    return ids, noise.log_prob(ids)
 
 
-@every_objective
-@given(p=problems(sizes=(1e4, 1e30)))
-def test_scores_of_any_finite_size_give_finite_numbers(name, p):
-    arguments = of_case(name, p)
-    check_ranges(name, arguments, *evaluate(name, **arguments))
+OTHERS = {
+    "entropy": entropy,
+    "epsilon_greedy": epsilon_greedy,
+    "sample_actions": sample_actions,
+    "LogUniform": partial(draw, LogUniform(C)),
+    "ClassFrequencies": partial(draw, ClassFrequencies(torch.arange(1, C + 1))),
+}
 
 
-@given(p=problems(), shape=st.lists(st.integers(0, 4), max_size=3).map(tuple))
-def test_noise_is_drawn_where_its_probability_is_positive(p, shape):
-    c = len(p["bias"])
-    noise = p["noise"] if isinstance(p["noise"], ClassFrequencies) else LogUniform(c)
-    probabilities = noise.log_prob(torch.arange(c)).exp()
-    torch.testing.assert_close(probabilities.sum().item(), 1.0, rtol=1e-12, atol=0)
-    ids = noise.sample(shape)
-    assert ids.dtype == torch.int64 and ids.shape == shape
-    assert (probabilities[ids] > 0).all()
+@pytest.mark.parametrize("name", OTHERS)
+def test_one_graph_chooses_and_draws_for_all_batch_sizes(name):
+    run, graphs = compiled(OTHERS[name])
+    for n in SIZES:
+        results = []
+        for each in (OTHERS[name], run):
+            torch.manual_seed(0)
+            results.append(each(normal(n, C)))
+        close(*results)
+    assert len(graphs) <= 2
+
+
+# Devices
+
+
+class OnAGpu(TorchDispatchMode):
+    """Refuses float64, which Apple's GPUs lack, and to read a value, for which all GPUs wait."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "equal")
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves((args, kwargs, out)):
+            assert getattr(x, "dtype", None) != torch.float64, f"{func} in float64"
+        return out
+
+
+@pytest.mark.parametrize("name", [*CASES, "entropy", "epsilon_greedy", "sample_actions"])
+def test_float32_makes_no_float64_and_nothing_but_checks_reads_values(name, monkeypatch):
+    monkeypatch.setattr(objectives, "_check_values", lambda *_: None)
+    monkeypatch.setattr(objectives, "_widest", lambda device: torch.float32)  # as on Apple's GPUs
+    arguments = cast(CASES.get(name, {}), torch.float32)
+    with OnAGpu():
+        if name in CASES:
+            evaluate(name, **arguments)
+        else:
+            OTHERS[name](torch.zeros(N, C))
+
+
+def test_checks_read_values_on_the_cpu_alone():
+    objectives._check_values("x", torch.zeros(2), torch.zeros(2, device="meta") > 0, "read")
+    with pytest.raises(ValueError, match="^x must be read, got 0"):
+        objectives._check_values("x", torch.zeros(2), torch.zeros(2) > 0, "read")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: LogUniform(C, device="mps"), lambda: ClassFrequencies(torch.ones(C, device="mps"))],
+)
+def test_noise_on_apples_gpus_makes_no_float64(make):
+    """On a fake one, which computes shapes and types alone."""
+    with OnAGpu(), FakeTensorMode():
+        ids, log_q = draw(make(), torch.zeros(3, 4))
+    assert ids.device.type == log_q.device.type == "mps" and ids.shape == log_q.shape == (3, 4)
+    assert ids.dtype == torch.int64 and log_q.dtype == torch.float32
