@@ -8,22 +8,24 @@ distributions for sampled_softmax.
 
 Letters: C classes or actions, D embedding size, x = logits (scores) of one example, p = softmax(x),
 t = its label, a = its action, r = its reward, A = its advantage. [...] are any leading dimensions,
-also none. [c = t] is 1 where c is t, and 0 elsewhere.
+possibly none. [c = t] is 1 where c is t, and 0 elsewhere.
 
-Every loss returns (loss, metrics). metrics is a dict of detached scalar tensors, each a mean over
-the examples. reduction says what loss is:
+Every loss returns (loss, metrics). metrics is a dict of detached scalar tensors, means over
+the examples unless said otherwise. reduction says what loss is:
     "mean"  the mean over the examples that count, a scalar; 0 if none does (default)
     "sum"   their sum, a scalar
     "none"  the loss of each example, [...], to be weighted, ranked or summed in another way
 
 What an example may contain:
-    label or action -100   leaves the example out of loss, gradient, metrics and mean
+    label or action -100   leaves the example out of loss, gradient, metrics and mean, whatever its
+                           reward, advantage and propensity. NaN or inf among its scores, or a mask
+                           on all, still makes gradients NaN, also of weights, as in F.cross_entropy
     logit -inf             masks a class: its probability and its gradient are 0, it is never chosen
     any other logit that is not finite makes the loss so, where the loss reads it
 Not all classes of an example may be masked, and neither may its label or the action taken.
 
-Inputs are float16, bfloat16, float32 or float64. The arithmetic is in float32, or in float64 if an
-input is, under autocast as well.
+Inputs are float16, bfloat16, float32 or float64. The arithmetic is in float32, or in float64 if
+logits, teacher_logits, embeddings or weight are, under autocast as well. All else is converted.
 
 Errors: a wrong type or dtype raises TypeError, a wrong shape or value ValueError, and the message
 names the argument. Values of tensors are checked on the CPU only, and neither under torch.compile
@@ -45,13 +47,15 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-Loss = tuple[Tensor, dict[str, Tensor]]
+LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
 
 LEFT_OUT = -100  # the label or action of an example that does not count
 
 
-def softmax_cross_entropy(logits: Tensor, labels: Tensor, *, reduction: str = "mean") -> Loss:
-    """Softmax cross entropy: raise the label's score, lower all others.
+def softmax_cross_entropy(
+    logits: Tensor, labels: Tensor, *, reduction: str = "mean"
+) -> LossAndMetrics:
+    """Softmax cross-entropy: raise the label's score, lower all others.
 
         loss = -log p_t = -x_t + log sum_c exp(x_c)
 
@@ -92,13 +96,11 @@ def softmax_cross_entropy(logits: Tensor, labels: Tensor, *, reduction: str = "m
         >>> same = (items == items[:, None]) & ~torch.eye(4, dtype=torch.bool)
         >>> loss, _ = softmax_cross_entropy(logits.masked_fill(same, -math.inf), torch.arange(4))
     """
-    _check_logits("logits", logits)
-    _check_ids("labels", labels, logits)
+    _check_examples(logits, "labels", labels)
     mask = labels != LEFT_OUT
     t = labels.where(mask, 0)
     x = logits.to(_precision(logits))
-    log_p = x.log_softmax(-1)
-    loss = -_pick(log_p, t)
+    loss = -_pick(x.log_softmax(-1), t)
     metrics = {"accuracy": _mean(x.argmax(-1) == t, mask)}
     return _reduce(loss, mask, reduction), metrics
 
@@ -111,20 +113,21 @@ def teacher_student(
     alpha: float = 0.5,
     temperature: float = 1.0,
     reduction: str = "mean",
-) -> Loss:
+) -> LossAndMetrics:
     """Knowledge distillation: match a teacher's probabilities as well as the labels.
 
-        loss = alpha T^2 CE(softmax(teacher / T), softmax(x / T)) + (1 - alpha) (-log p_t)
+        loss = alpha T^2 CE(softmax(z / T), softmax(x / T)) + (1 - alpha) (-log p_t)
 
-    with the cross entropy CE(q, p) = -sum_c q_c log p_c. At T = 1 the gradient on logit c is
-    p_c - target_c, where target = alpha softmax(teacher) + (1 - alpha) onehot(t). The factor T^2
-    keeps the size of the teacher's gradient when T grows. No gradient reaches the teacher.
+    with the teacher's logits z and the cross-entropy CE(q, p) = -sum_c q_c log p_c. Its gradient is
+    alpha T (softmax(x / T) - softmax(z / T)) + (1 - alpha) (p - onehot(t)). At T = 1 this is
+    p - target, where target = alpha softmax(z) + (1 - alpha) onehot(t). The factor T^2 keeps the
+    size of the teacher's gradient when T grows. No gradient reaches the teacher.
 
     Args:
         logits: [..., C] floating, of the student. A class that they mask does not exist for the
             teacher either.
         labels: [...] int64, 0 <= label < C, or -100.
-        teacher_logits: [..., C] floating.
+        teacher_logits: [..., C] floating, z.
         alpha: weight of the teacher, in [0, 1]. 0 is softmax_cross_entropy, 1 uses no label.
         temperature: T > 0. Above 1 the teacher's small probabilities count for more.
         reduction: "mean", "sum" or "none".
@@ -152,24 +155,21 @@ def teacher_student(
         >>> torch.allclose(loss, F.cross_entropy(logits, labels, label_smoothing=0.1))
         True
     """
-    _check_logits("logits", logits)
-    _check_ids("labels", labels, logits)
+    _check_examples(logits, "labels", labels)
     _check_tensor("teacher_logits", teacher_logits, "floating", logits.shape)
     _check_number("alpha", alpha, 0, 1)
     _check_number("temperature", temperature, 0, math.inf, exclusive=True)
     mask = labels != LEFT_OUT
     t = labels.where(mask, 0)
     x = logits.to(_precision(logits, teacher_logits))
-    teacher = teacher_logits.detach().to(x.dtype).masked_fill(x == -math.inf, -math.inf)
-    q = (teacher / temperature).softmax(-1)
+    z = teacher_logits.detach().to(x.dtype).masked_fill(x == -math.inf, -math.inf)
+    q = (z / temperature).softmax(-1)
     from_teacher = _cross_entropy(q, (x / temperature).log_softmax(-1))
     from_labels = -_pick(x.log_softmax(-1), t)
     loss = alpha * temperature**2 * from_teacher + (1 - alpha) * from_labels
     preferred = x.argmax(-1)
-    metrics = {
-        "accuracy": _mean(preferred == t, mask),
-        "agreement": _mean(preferred == teacher.argmax(-1), mask),
-    }
+    metrics = {"accuracy": _mean(preferred == t, mask)}
+    metrics["agreement"] = _mean(preferred == z.argmax(-1), mask)
     return _reduce(loss, mask, reduction), metrics
 
 
@@ -179,11 +179,9 @@ class Noise(Protocol):
 
     def sample(self, shape: tuple[int, ...], /) -> Tensor:
         """Class ids of this shape, int64, drawn independently."""
-        ...
 
     def log_prob(self, ids: Tensor, /) -> Tensor:
         """The logarithm of each id's probability, floating, in the shape of ids."""
-        ...
 
 
 def sampled_softmax(
@@ -197,8 +195,8 @@ def sampled_softmax(
     sparse: bool = False,
     generator: Generator | None = None,
     reduction: str = "mean",
-) -> Loss:
-    """Softmax cross entropy against a few sampled classes, for when C is very large.
+) -> LossAndMetrics:
+    """Softmax cross-entropy against a few sampled classes, for when C is very large.
 
         loss = -x_t + log(exp(x_t) + sum_{kept c} exp(x_c - log(k q_c / (1 - q_t))))
 
@@ -209,7 +207,7 @@ def sampled_softmax(
 
     Given k > 0, the sum is an unbiased estimate of sum_{c != t} exp(x_c). So the loss is too small
     on average, the less so the more samples there are. If k = 0, which has probability
-    q_t^n_samples, it is 0. Classes that were not drawn have gradient 0. (TensorFlow's loss
+    q_t^n_samples, the loss is 0. Classes that were not drawn have gradient 0. (TensorFlow's loss
     corrects the label's score as well, and so has other values on the same draws.)
 
     Args:
@@ -262,15 +260,16 @@ def sampled_softmax(
     biases = torch.zeros_like(ids) if bias is None else bias.gather(0, ids, sparse_grad=sparse)
     weight_t, weight_c = _split(rows, t)
     bias_t, bias_c = _split(biases.to(dtype), t)
-    log_q_t, log_q_c = _split(log_q, t)
+    log_q_t, log_q_c = _split(log_q.to(dtype), t)
 
-    hits = c == t[..., None]
-    k = (n_samples - hits.sum(-1)).to(log_q.dtype)
-    log_k = k.log() - (1 - log_q_t.exp()).log()  # of k / (1 - q_t)
+    kept = c != t[..., None]
+    k = kept.sum(-1, dtype=dtype)
+    rest = -log_q_t.expm1()  # 1 - q_t, precise where q_t is close to 1 as well
+    log_count = log_q_c + (k / rest).log()[..., None]
     with torch.autocast(e.device.type, enabled=False):
         x_t = (e * weight_t).sum(-1) + bias_t
-        x_c = F.linear(e, weight_c, bias_c - log_q_c.to(dtype)) - log_k.to(dtype)[..., None]
-    x_c = x_c.masked_fill(hits, -math.inf)
+        x_c = F.linear(e, weight_c, bias_c) - log_count.where(kept, math.inf)
+    x_t = x_t.where(mask, 0)  # a class that was borrowed may be masked, as no label is
     log_p = torch.cat([x_t[..., None], x_c], -1).log_softmax(-1)
     loss = -log_p[..., 0]
     return _reduce(loss, mask, reduction), {"kept": _mean(k / n_samples, mask)}
@@ -283,28 +282,27 @@ def value_function(
     *,
     normalized: bool = False,
     reduction: str = "mean",
-) -> Loss:
+) -> LossAndMetrics:
     """Learn the expected reward of each action, from the one action taken.
 
         loss = -r log v_a - (1 - r) log(1 - v_a)
 
-    This is the binary cross entropy between the value of the action and its reward. The value is
+    This is the binary cross-entropy between the value of the action and its reward. The value is
     v_a = sigmoid(x_a), with gradient v_a - r on logit a and 0 on all others, or, normalized,
-    v_a = softmax(x)_a, so that the values of all actions sum to 1.
+    v_a = p_a: values sum to 1, with gradient (v_a - r) / (1 - v_a) ([c = a] - p_c) on logit c.
 
     Args:
         logits: [..., C] floating.
         actions: [...] int64, 0 <= action < C, or -100, chosen in any way.
         rewards: [...] real or bool, in [0, 1].
-        normalized: whether values sum to 1, right where exactly one action is rewarded. Default
-            False.
+        normalized: whether values sum to 1 (default False): right where just one action is paid.
         reduction: "mean", "sum" or "none".
 
     Returns:
         (loss, metrics): reward, the mean reward.
 
     Source:
-        Sutton & Barto, Reinforcement Learning, 2nd edition 2018, chapter 2.
+        For bandits: Sutton & Barto, Reinforcement Learning, 2nd edition 2018, chapter 2.
 
     Example:
         A bandit with three actions that rewards two of them:
@@ -315,14 +313,13 @@ def value_function(
         >>> round(loss.item(), 4)  # -log(sigmoid(2))
         0.1269
     """
-    _check_logits("logits", logits)
-    _check_ids("actions", actions, logits)
+    _check_examples(logits, "actions", actions)
     _check_tensor("rewards", rewards, "real or bool", actions.shape)
-    _check_values("rewards", rewards, (rewards >= 0) & (rewards <= 1), "in [0, 1]")
     mask = actions != LEFT_OUT
     a = actions.where(mask, 0)
     x = logits.to(_precision(logits))
-    r = rewards.detach().to(x.dtype)
+    r = rewards.detach().to(x.dtype).where(mask, 0)
+    _check_values("rewards", rewards, (r >= 0) & (r <= 1), "in [0, 1]")
     x_a = _pick(x, a)
     if normalized:
         # The lowest number, not -inf, lets the gradient of a sole action be 0 instead of NaN.
@@ -343,19 +340,18 @@ def policy_gradient(
     *,
     propensities: Tensor | None = None,
     reduction: str = "mean",
-) -> Loss:
+) -> LossAndMetrics:
     """REINFORCE: make an action likelier the larger its advantage.
 
         loss = -A log p_a      for actions just drawn from p
         loss = -A p_a / q      for actions that another policy chose with probability q
 
-    The advantage A = r - V says how much the reward exceeds a baseline V, which must not depend on
-    the action; V = 0 will do. Averaged over the actions, the gradient of both is that of minus the
-    expected reward of p, provided that q is above 0 wherever p is. On logit c it is A (p_c - [c =
-    a]), times p_a / q in the second case. No gradient reaches A and q.
+    The advantage A = r - V says how much the reward exceeds a baseline V. It must not depend on the
+    action, unless its mean is added back, as in the last example; V = 0 will do. Averaged over the
+    actions, the gradient of both is that of minus the expected reward of p, if q > 0 wherever p is.
+    On logit c it is A (p_c - [c = a]), times p_a / q in the second case. A and q get no gradient.
 
-    The baseline has to be learned, and a policy should stay undecided until it knows enough; the
-    first example shows both.
+    The baseline must be learned and the policy kept undecided at first, as in the first example.
 
     Args:
         logits: [..., C] floating.
@@ -368,8 +364,8 @@ def policy_gradient(
     Returns:
         (loss, metrics): advantage, the mean of A. With propensities also weight, the mean of the
         importance weights w = p_a / q, which is about 1 for a policy that was not learned from
-        this log; and effective, the effective sample size (sum w)^2 / sum w^2 as a fraction of the
-        number of examples, NaN if none counts.
+        this log; and effective, which is not a mean: the effective sample size (sum w)^2 / sum w^2
+        as a fraction of the number of examples, 0 if all w are 0.
 
     Sources:
         Williams 1992, https://doi.org/10.1007/BF00992696; Sutton & Barto, Reinforcement Learning,
@@ -421,14 +417,13 @@ def policy_gradient(
         >>> loss, _ = policy_gradient(logits, actions, rewards - v_a, propensities=q)
         >>> loss = loss - (logits.softmax(-1) * v).sum(-1).mean()
     """
-    _check_logits("logits", logits)
-    _check_ids("actions", actions, logits)
+    _check_examples(logits, "actions", actions)
     _check_tensor("advantages", advantages, "real or bool", actions.shape)
-    _check_values("advantages", advantages, advantages.isfinite(), "finite")
     mask = actions != LEFT_OUT
     a = actions.where(mask, 0)
     x = logits.to(_precision(logits))
-    A = advantages.detach().to(x.dtype)
+    A = advantages.detach().to(x.dtype).where(mask, 0)
+    _check_values("advantages", advantages, A.isfinite(), f"finite as {A.dtype}")
     log_p_a = _pick(x.log_softmax(-1), a)
     metrics = {"advantage": _mean(A, mask)}
     if propensities is None:
@@ -436,14 +431,14 @@ def policy_gradient(
         return _reduce(loss, mask, reduction), metrics
 
     _check_tensor("propensities", propensities, "floating", actions.shape)
-    _check_values(
-        "propensities", propensities, (propensities > 0) & (propensities <= 1), "in (0, 1]"
-    )
-    q = propensities.detach().to(x.dtype)
+    q = propensities.detach().to(x.dtype).where(mask, 1)
+    tiny = torch.finfo(q.dtype).tiny
+    _check_values("propensities", propensities, (q >= tiny) & (q <= 1), f"in [{tiny:.0e}, 1]")
     w = log_p_a.exp() / q
     loss = -A * w
     metrics["weight"] = _mean(w, mask)
-    metrics["effective"] = _mean(w, mask) ** 2 / _mean(w**2, mask)
+    relative = w / metrics["weight"].clamp(min=tiny)  # its square does not overflow
+    metrics["effective"] = _mean(relative, mask) ** 2 / _mean(relative**2, mask).clamp(min=1)
     return _reduce(loss, mask, reduction), metrics
 
 
@@ -488,11 +483,10 @@ def epsilon_greedy(
         >>> epsilon_greedy(torch.tensor([[0.0, 2.0, 1.0]]), epsilon=0)
         tensor([1])
     """
-    _check_logits("logits", logits)
     _check_choice(logits)
     _check_number("epsilon", epsilon, 0, 1)
     best = logits.argmax(-1)
-    # The highest of n uniform numbers is that of each action with the same probability.
+    # Each of n uniform numbers is equally likely to be the highest.
     numbers = _rand(logits.shape, torch.float32, logits.device, generator)
     random = numbers.masked_fill(logits == -math.inf, -1).argmax(-1)
     explores = _rand(best.shape, torch.float32, logits.device, generator) < epsilon
@@ -515,7 +509,6 @@ def sample_actions(logits: Tensor, *, generator: Generator | None = None) -> Ten
         >>> sample_actions(torch.tensor([[-math.inf, 0.0], [0.0, -math.inf]]))
         tensor([1, 0])
     """
-    _check_logits("logits", logits)
     _check_choice(logits)
     p = logits.detach().to(_precision(logits)).softmax(-1)
     # Of exponential clocks with rates p, clock a is the first to ring with probability p_a.
@@ -577,9 +570,8 @@ class ClassFrequencies:
 
     def __init__(self, counts: Tensor):
         _check_tensor("counts", counts, "real or bool", ("C",))
-        _check_values(
-            "counts", counts, (counts >= 0) & counts.isfinite(), "finite and not negative"
-        )
+        valid = (counts >= 0) & counts.isfinite()
+        _check_values("counts", counts, valid, "finite and not negative")
         _check_values("counts", counts, counts.any(), "above 0 for one class at least")
         counts = counts.detach().to(_widest(counts.device))
         self.n_classes = len(counts)
@@ -594,7 +586,7 @@ class ClassFrequencies:
 
     def log_prob(self, ids: Tensor) -> Tensor:
         """log q of ids of any shape, int64; float64, but float32 on Apple's GPUs."""
-        return self.probabilities.take(ids).log()
+        return self.probabilities.gather(0, ids.flatten()).reshape(ids.shape).log()
 
 
 class _Uniform:
@@ -606,8 +598,7 @@ class _Uniform:
         return torch.randint(self.n_classes, shape, device=self.device, **_optional(generator))
 
     def log_prob(self, ids: Tensor) -> Tensor:
-        dtype = _widest(ids.device)
-        return torch.full(ids.shape, -math.log(self.n_classes), dtype=dtype, device=ids.device)
+        return torch.full_like(ids, -math.log(self.n_classes), dtype=_widest(ids.device))
 
 
 # What the functions above share
@@ -711,25 +702,33 @@ def _check_layer(embeddings: Tensor, labels: Tensor, weight: Tensor, bias: Tenso
     """Raise unless the tensors fit one another, as arguments of sampled_softmax."""
     _check_logits("embeddings", embeddings, "D")
     _check_tensor("weight", weight, "floating", ("C", embeddings.shape[-1]))
-    if bias is None:
-        bias = weight.new_zeros(1).expand(len(weight))
-    _check_tensor("bias", bias, "floating", weight.shape[:1])
-    _check_ids("labels", labels, bias.expand(*embeddings.shape[:-1], -1))
+    _check_classes("labels", labels, embeddings.shape[:-1], len(weight))
+    if bias is not None:
+        _check_tensor("bias", bias, "floating", weight.shape[:1])
+        _check_not_masked("labels", labels, bias.detach().expand(*labels.shape, -1))
 
 
-def _check_ids(name: str, ids: Tensor, logits: Tensor) -> None:
-    """Raise unless ids, labels or actions, are classes that exist and are not masked, or -100."""
-    _check_tensor(name, ids, "int64", logits.shape[:-1])
-    n_classes = logits.shape[-1]
-    left_out = ids == LEFT_OUT
-    valid = left_out | ((ids >= 0) & (ids < n_classes))
+def _check_examples(logits: Tensor, name: str, ids: Tensor) -> None:
+    """Raise unless ids, labels or actions, are classes of logits that are not masked, or -100."""
+    _check_logits("logits", logits)
+    _check_classes(name, ids, logits.shape[:-1], logits.shape[-1])
+    _check_not_masked(name, ids, logits.detach())
+
+
+def _check_classes(name: str, ids: Tensor, shape: Sequence[int], n_classes: int) -> None:
+    _check_tensor(name, ids, "int64", shape)
+    valid = (ids == LEFT_OUT) | ((ids >= 0) & (ids < n_classes))
     _check_values(name, ids, valid, f"in [0, {n_classes}) or {LEFT_OUT}")
-    scores = _pick(logits.detach(), ids.masked_fill(left_out, 0))
-    _check_values(name, ids, left_out | (scores != -math.inf), "of classes that are not masked")
+
+
+def _check_not_masked(name: str, ids: Tensor, scores: Tensor) -> None:
+    is_masked = _pick(scores, ids.clamp(min=0)) == -math.inf
+    _check_values(name, ids, ~is_masked | (ids == LEFT_OUT), "of classes that are not masked")
 
 
 def _check_choice(logits: Tensor) -> None:
     """Raise where NaN or inf leaves open which action is best, or all are masked."""
+    _check_logits("logits", logits)
     highest = logits.detach().amax(-1)
     _check_values("logits", highest, highest.isfinite(), "finite for one action at least, not NaN")
 

@@ -1,6 +1,5 @@
 """Images: a reader's own files of every kind, data sets of torchvision, the stand-in."""
 
-import ast
 import os
 import re
 import socket
@@ -10,38 +9,16 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib
 import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import pytest
 import torch
+from notebook import CODE, run_cells
 from PIL import Image
 
-matplotlib.use("Agg")
-ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOK = Path(os.environ.get("NOTEBOOK", ROOT / "training_objectives.ipynb"))
-CELLS = [c.source for c in nbformat.read(NOTEBOOK, as_version=4).cells if c.cell_type == "code"]
-IMPORTS = """
-import math, os
-from dataclasses import dataclass, replace
-from pathlib import Path
-import matplotlib.pyplot as plt, numpy as np, torch, torchvision
-"""
 CPU = torch.device("cpu")
 RED, GREEN, BLUE = (250, 20, 10), (15, 240, 30), (20, 30, 230)
 RAMP = np.tile(np.linspace(0, 1, 64), (64, 1))
-
-
-def namespace(*names):
-    """What the cells that define these names leave behind, executed in the notebook's order."""
-    found = {}
-    exec(IMPORTS, found)
-    for source in CELLS:
-        defined = {getattr(statement, "name", None) for statement in ast.parse(source).body}
-        if defined & set(names):
-            exec(source, found)
-    return found
 
 
 @pytest.fixture
@@ -51,9 +28,9 @@ def names(tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", ResourceWarning)  # torchvision leaves sockets open
-        found = namespace("Data", "download", "load_folder", "load_data", "first")
-        found["stand_in"].__defaults__ = (60, 20)
-        yield SimpleNamespace(**found)
+        space = run_cells("Data", "download", "load_folder", "load_data", "first", "hold_out")
+        space.stand_in.__defaults__ = (60, 20)
+        yield space
 
 
 def save(path, image=None, colour=RED, size=(40, 40), **options):
@@ -275,7 +252,8 @@ def test_images_are_kept_for_the_session_and_read_again_when_a_folder_changes(na
     os.utime("own/train/a", ns=(1, 1))  # clocks of some disks are coarse
     changed = names.load_data("own", CPU)
     assert len(changed.train[1]) == 5
-    names.load_data.__globals__["load_folder"] = lambda folder: names.load_folder(folder)
+    before_edit = names.load_folder
+    names.load_folder = lambda folder: before_edit(folder)
     assert names.load_data("own", CPU) is not changed  # an edited function is used
 
 
@@ -284,7 +262,7 @@ def test_a_class_name_is_text_whatever_it_holds(names):
     make_folder("own", classes, n_train=4)
     data = names.load_data("own", CPU)
     assert sorted(data.classes) == sorted(classes)
-    (cell,) = [source for source in CELLS if "three training images" in source]
+    (cell,) = [cell.source for cell in CODE if "three training images" in cell.source]
     shown = []
     exec(cell, vars(names) | {"data": data, "show_figure": lambda *given: shown.extend(given)})
     figure, title = shown

@@ -140,6 +140,7 @@ def test_a_comparison_is_readable(lab, monkeypatch, n_seeds, n_classes):
     monkeypatch.setattr(lab, "display", shown.append)
     monkeypatch.setattr(lab, "show_figure", lambda figure, title: shown.append((figure, title)))
     settings = {"within_objective": True, "metrics": ["reward", "surprise", "entropy"]}
+    settings["levels"] = {"old policy": guessing + 1}
     lab.show_comparison("How?", pd.concat(tables), "small network", data, **settings)
     (figure, title), table = shown
     figure.canvas.draw()
@@ -155,7 +156,13 @@ def test_a_comparison_is_readable(lab, monkeypatch, n_seeds, n_classes):
     for i, (text, box) in enumerate(texts):
         for other, other_box in texts[:i]:
             assert not box.overlaps(other_box), (text, other)
-    assert any(text == "guessing" for text, _ in texts)
+    for name in ["always the most frequent class", "old policy"]:
+        assert any(text == name for text, _ in texts)
+
+
+def test_the_error_of_the_images_is_that_of_as_many_throws_of_a_coin(lab):
+    means = 100 * np.random.default_rng(0).binomial(500, 0.3, 4000) / 500
+    assert lab.image_error(30, 500) == pytest.approx(means.std(), rel=0.05)
 
 
 def test_a_grid_of_settings_marks_what_is_settled(lab):
@@ -235,10 +242,10 @@ def test_a_learned_baseline_leaves_the_body_alone(lab):
     embeddings = torch.randn(6, 4, requires_grad=True)
     model = SimpleNamespace(baseline=torch.nn.Linear(4, 1))
     rewards = torch.tensor([1.0, 0, 0, 1, 0, 0])
-    v, loss = lab.expected_reward("learned", model, embeddings, rewards)
+    v, loss = lab.baseline_and_loss("learned", model, embeddings, rewards)
     loss.backward()
     assert embeddings.grad is None and model.baseline.weight.grad.abs().sum() > 0
-    v, _ = lab.expected_reward("mean reward", model, embeddings, rewards)
+    v, _ = lab.baseline_and_loss("mean reward", model, embeddings, rewards)
     assert v.tolist() == pytest.approx([0.2, 0.4, 0.4, 0.2, 0.4, 0.4])  # of the others
 
 

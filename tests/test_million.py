@@ -5,8 +5,10 @@ import itertools
 import json
 import math
 import os
+import re
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,9 +31,8 @@ if hasattr(nn, "LinearCrossEntropyOptions"):
     METHODS.append("full, in chunks")
 
 
-class SilentProgress:
-    def update(self, text):
-        pass
+def silent(text):
+    pass
 
 
 def definitions(*names):
@@ -39,17 +40,19 @@ def definitions(*names):
     namespace = {
         "F": F,
         "Path": Path,
+        "dataclass": dataclass,
         "device": torch.device("cpu"),
         "math": math,
         "nn": nn,
         "np": pytest.importorskip("numpy"),
         "objectives": objectives,
+        "re": re,
         "time": time,
         "torch": torch,
-        "CONTEXT": 4,
     }
     kept = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
-    constants = ["TOKEN", "UNKNOWN_TOKEN"]
+    constants = ["TOKEN", "UNKNOWN_TOKEN", "CONTEXT"]
+    constants += ["RACE_SAMPLES", "RACE_BATCH", "RACE_TESTS", "TEST_AFTER"]
     wanted = set(names)
     for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
@@ -203,8 +206,11 @@ def test_full_softmax_is_exact_in_chunks_too(method):
 
 @pytest.mark.parametrize("method", ["full softmax", "adaptive softmax", SPARSE])
 def test_probabilities_of_all_classes_sum_to_one(method):
-    layer, embeddings, _, _ = make_problem(method)
-    log_p = CELLS["log_probabilities"](method, layer, embeddings)
+    torch.manual_seed(0)
+    model = CELLS["NextToken"](300, method)
+    for parameter in model.last.parameters():
+        nn.init.normal_(parameter)
+    log_p = model.log_probabilities(torch.randint(300, (40, CELLS["CONTEXT"])))
     assert log_p.shape == (40, 300)
     torch.testing.assert_close(log_p.exp().sum(1), torch.ones(40))
 
@@ -227,7 +233,7 @@ def test_noise_and_bias_of_a_gradient_are_told_apart():
         bias = 0.1 * exact.norm() * direction
         return weight.square().sum() + weight @ (noise + bias), {}
 
-    errors = CELLS["measure_errors"](draw, weight, exact_loss, exact, 2000, SilentProgress(), "")
+    errors = CELLS["measure_errors"](draw, weight, exact_loss, exact, 2000, silent)
     assert errors["gradient noise"] == pytest.approx(0.3, rel=0.05)
     assert errors["gradient bias"] == pytest.approx(0.1, rel=0.1)
     assert errors["cosine of the mean gradient"] == pytest.approx(1, abs=0.01)
@@ -240,7 +246,7 @@ def test_an_exact_loss_has_neither_noise_nor_bias():
         return weight.square().sum(), {}
 
     exact = 2 * weight.detach()
-    errors = CELLS["measure_errors"](draw, weight, draw()[0], exact, 5, SilentProgress(), "")
+    errors = CELLS["measure_errors"](draw, weight, draw()[0], exact, 5, silent)
     assert errors["gradient noise"] == errors["gradient bias"] == errors["loss error"] == 0
 
 
@@ -253,15 +259,15 @@ def test_a_race_learns_a_text_that_repeats_itself(method, tmp_path, monkeypatch)
     text = " ".join(f"word{number}" for number in range(150))
     corpus = CELLS["read_corpus"](write_files(tmp_path, [text] * 20))
     noise = objectives.ClassFrequencies(corpus.counts)
-    rows, body, layer = CELLS["race"](
-        "name", method, noise, 100, corpus, 48, 0, SilentProgress(), n_tests=200
-    )
+    torch.manual_seed(0)
+    model = CELLS["NextToken"](len(corpus.words), method, noise, n_samples=100)
+    rows = CELLS["race"](model, corpus, seconds=48, seed=0, update=silent, n_tests=200)
     assert [row["steps"] for row in rows] == [6, 16, 48]
     assert [row["seconds"] for row in rows] == [6, 16, 48]  # the tests take no time
     assert rows[-1]["loss"] < 0.8 * math.log(151)
 
     contexts, labels = CELLS["examples_at"](torch.arange(4, len(corpus.test)), corpus.test)
-    nats, accuracy = CELLS["test_next_token"](method, body, layer, contexts, labels)
-    log_p = CELLS["log_probabilities"](method, layer, body(contexts))
+    nats, accuracy = CELLS["test_next_token"](model, contexts, labels)
+    log_p = model.log_probabilities(contexts)
     assert nats == pytest.approx(F.nll_loss(log_p, labels).item(), rel=1e-4)
     assert accuracy == pytest.approx((log_p.argmax(1) == labels).float().mean().item(), abs=1e-6)

@@ -51,10 +51,16 @@ def test_softmax_cross_entropy_is_that_of_pytorch(labels, reduction):
 
 
 @pytest.mark.parametrize("alpha", [0, 0.3, 1])
-def test_gradient_is_p_minus_target(alpha):
-    _, _, grads = evaluate("teacher_student", alpha=alpha, temperature=1)
-    target = alpha * TEACHER.softmax(1) + (1 - alpha) * EYE[LABELS]
-    close(grads["logits"], (X.softmax(1) - target) / N)
+@pytest.mark.parametrize("temperature", [0.5, 1, 4.0])
+def test_distillation_has_the_gradient_of_its_docstring(alpha, temperature):
+    _, _, grads = evaluate("teacher_student", alpha=alpha, temperature=temperature)
+    from_teacher = (X / temperature).softmax(1) - (TEACHER / temperature).softmax(1)
+    from_labels = X.softmax(1) - EYE[LABELS]
+    expected = alpha * temperature * from_teacher + (1 - alpha) * from_labels
+    close(grads["logits"], expected / N)
+    if temperature == 1:
+        target = alpha * TEACHER.softmax(1) + (1 - alpha) * EYE[LABELS]
+        close(expected, X.softmax(1) - target)
 
 
 @pytest.mark.parametrize("alpha", [0, 0.3, 1.0])
@@ -161,6 +167,25 @@ def test_metrics_of_bandits_are_means():
     close(metrics["effective"], w.sum() ** 2 / (N * (w**2).sum()))
     close(metrics["advantage"], CASES["policy_gradient log"]["advantages"].mean())
     close(evaluate("value_function")[1]["reward"], CASES["value_function"]["rewards"].mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("score", "effective"), [(-1000.0, 0), (-57.0, 1), (0.0, 1)])
+def test_effective_is_a_number_however_small_the_weights_are(dtype, score, effective):
+    """All alike: p_a = e^-1000 is 0, and the square of e^-57 is in float32."""
+    x = torch.tensor([[score, 0.0], [score, 0.0]], dtype=dtype)
+    policy = {"logits": x, "actions": torch.tensor([0, 0]), "advantages": torch.ones(2)}
+    metrics = evaluate("policy_gradient log", propensities=torch.ones(2), **policy)[1]
+    assert metrics["effective"].item() == pytest.approx(effective)
+
+
+def test_effective_is_a_number_however_large_the_weights_are():
+    """Of two weights, 1e30 and 3e30, the squares are inf in float32: 4^2 / (1 + 3^2) / 2."""
+    x = torch.zeros(2, 1)
+    policy = {"logits": x, "actions": torch.tensor([0, 0]), "advantages": torch.zeros(2)}
+    q = torch.tensor([1e-30, 1e-30 / 3])
+    metrics = evaluate("policy_gradient log", propensities=q, **policy)[1]
+    assert metrics["effective"].item() == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float16, torch.float32])
@@ -293,3 +318,16 @@ ERRORS += [
 def test_wrong_input_is_an_error_that_names_it(name, argument, value, error, got):
     with pytest.raises(error, match=rf"(?s)^{argument}\b.*got .*{re.escape(got)}"):
         function(name)(**{**VALID[name], argument: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("propensities", 1e-50), ("propensities", 1e-40), ("advantages", -1e39)]
+)
+def test_a_value_too_small_or_large_for_the_arithmetic_is_an_error(key, value):
+    """Of float32; float64 logits can do with it."""
+    wrong = VALID["policy_gradient log"][key].clone()
+    wrong[1] = value
+    loss, *_ = evaluate("policy_gradient log", **{key: wrong})
+    assert loss.isfinite()
+    with pytest.raises(ValueError, match=rf"^{key} must be .*, got {re.escape(str(value))}$"):
+        evaluate("policy_gradient log", logits=X.float(), **{key: wrong})

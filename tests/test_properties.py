@@ -76,6 +76,31 @@ def test_arithmetic_is_at_least_float32_under_autocast_too(name, dtype):
 
 
 @every_objective
+def test_float64_comes_from_logits_teachers_embeddings_and_weights_alone(name):
+    """As the docstring of the module says."""
+    narrow = cast(CASES[name], torch.float32)
+    for key, x in narrow.items():
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            wide = key in ["logits", "teacher_logits", "embeddings", "weight"]
+            loss, *_ = evaluate(name, **{**narrow, key: x.double()})
+            assert loss.dtype == (torch.float64 if wide else torch.float32)
+
+
+@every_objective
+@pytest.mark.parametrize("default", FLOATS)
+def test_types_of_loss_and_metrics_do_not_depend_on_the_default(name, default):
+    narrow = cast(CASES[name], torch.float32)
+    expected = evaluate(name, **narrow)
+    torch.set_default_dtype(default)
+    try:
+        loss, metrics, grads = evaluate(name, **narrow)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {x.dtype for x in (loss, *metrics.values(), *grads.values())} == {torch.float32}
+    close((loss, metrics, grads), expected, rtol=1e-6, atol=1e-6)
+
+
+@every_objective
 def test_reductions_are_the_losses_their_sum_and_their_mean(name):
     ids = {ids_of(name): LABELS.masked_fill(LEFT_OUT, -100)}
     losses, metrics, _ = evaluate(name, reduction="none", **ids)
@@ -103,6 +128,30 @@ def test_minus_100_leaves_its_example_out(name):
         else:
             close(grad[~LEFT_OUT], expected_grads[key])
             assert is_zero(grad[LEFT_OUT])
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if ids_of(name) == "actions"])
+@pytest.mark.parametrize("padding", [NAN, INF, -INF, -1.0, 0.0, 7.0])
+@pytest.mark.parametrize("checked", [True, False], ids=["checked", "as on a GPU"])
+def test_what_a_left_out_example_was_paid_is_ignored(name, padding, checked, monkeypatch):
+    if not checked:
+        monkeypatch.setattr(objectives, "_check_values", lambda *_: None)
+    ids = {"actions": LABELS.masked_fill(LEFT_OUT, -100)}
+    padded = {}
+    for key in {"rewards", "advantages", "propensities"} & {*CASES[name]}:
+        padded[key] = CASES[name][key].masked_fill(LEFT_OUT, padding)
+    close(evaluate(name, **ids, **padded), evaluate(name, **ids))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "logits" in CASES[name]])
+@pytest.mark.parametrize("padding", [NAN, INF, -INF])
+def test_logits_of_left_out_examples_spoil_no_more_than_their_own_gradient(name, padding):
+    ids = {ids_of(name): LABELS.masked_fill(LEFT_OUT, -100)}
+    logits = CASES[name]["logits"].masked_fill(LEFT_OUT[:, None], padding)
+    loss, metrics, grads = evaluate(name, logits=logits, **ids)
+    expected, expected_metrics, expected_grads = evaluate(name, **ids)
+    close((loss, metrics), (expected, expected_metrics))
+    close(grads["logits"][~LEFT_OUT], expected_grads["logits"][~LEFT_OUT])
 
 
 @every_objective
@@ -324,10 +373,12 @@ def test_one_graph_chooses_and_draws_for_all_batch_sizes(name):
 
 
 class OnAGpu(TorchDispatchMode):
-    """Refuses float64, which Apple's GPUs lack, and to read a value, for which all GPUs wait."""
+    """Refuses float64 and take, which Apple's GPUs lack (take in old versions), and to read a
+    value, for which all GPUs wait."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "equal")
+        name = func.overloadpacket.__name__
+        assert name not in ("take", "_local_scalar_dense", "nonzero", "equal")
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves((args, kwargs, out)):
             assert getattr(x, "dtype", None) != torch.float64, f"{func} in float64"

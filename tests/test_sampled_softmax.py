@@ -123,6 +123,26 @@ def test_an_example_that_rejects_all_samples_costs_nothing():
     assert all(is_zero(grad) for grad in gradients(loss, e, weight, bias))
 
 
+def test_a_left_out_example_may_borrow_a_masked_class():
+    """Which is all that was drawn: its row has no finite score of its own."""
+    e, labels, weight, bias = problem()
+    labels[0] = -100
+    masked = bias.detach().index_fill(0, torch.tensor(3), -math.inf).requires_grad_()
+    loss, _ = sampled_softmax(e, labels, weight, masked, **given([3], torch.full((5,), 0.2)))
+    assert loss == 0
+    assert all(is_zero(grad) for grad in gradients(loss, e, weight, masked))
+
+
+def test_a_label_that_is_nearly_all_of_the_noise_keeps_its_correction_in_float32():
+    """1 - q_t = 1e-9 is lost where q_t is rounded to float32."""
+    e, _, weight, bias = problem(n=1)
+    settings = given([1], torch.tensor([1 - 1e-9, 1e-9, 0, 0, 0], dtype=torch.float64))
+    label = torch.tensor([0])
+    expected, _ = sampled_softmax(e, label, weight, bias, **settings)
+    loss, _ = sampled_softmax(e.float(), label, weight.float(), bias.float(), **settings)
+    close(loss.double(), expected, rtol=1e-5)
+
+
 def test_tensorflows_loss_has_the_correction_of_the_label_too():
     """tf.nn.sampled_softmax_loss: all scores less log(n q), no score for a sample that is the
     label. Ours has (1 - q_t) / k where TensorFlow's has q_t, on the same draws."""
