@@ -17,7 +17,7 @@ from scipy import stats
 
 NAMES = ["show_comparison", "draw_grid", "policy_with_baseline", "doubly_robust_from_log"]
 NAMES += ["estimate_reward", "deviation_interval", "operations_per_image"]
-NAMES += ["gradient_variance", "data", "configs"]
+NAMES += ["gradient_variance", "hold_out", "train_variants", "data", "configs"]
 
 
 @pytest.fixture(scope="module")
