@@ -264,7 +264,7 @@ def test_an_objective_of_the_readers_own_is_taken_up_everywhere():
         "    return loss, {'size of $scores': scores.detach().norm()}\n"
         "OBJECTIVES['hinge (§ 1, 100 %)'] = Objective(hinge, 'black', '*')\n",
     )
-    (training,) = [c for c in cells_defining("models") if 'name = "expected reward"' in c.source]
+    (training,) = [c for c in cells_defining("trained") if 'name = "expected reward"' in c.source]
     execute(space, with_values(training.source, {"name": "hinge (§ 1, 100 %)"}))
     _, table = side_by_side(space)
     assert list(table.index) == [*FIVE, "hinge (§ 1, 100 %)"]
@@ -279,19 +279,20 @@ def test_after_a_change_of_data_nothing_old_is_shown_with_the_new(tmp_path):
         image = tmp_path / "squares" / split / f"class {i % 4 // 2}" / f"{i}.png"
         image.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32), (100 * (i % 4 // 2), i, 50)).save(image)
-    space = run_cells(*SIDE_BY_SIDE, "lab_data")
+    space = run_cells(*SIDE_BY_SIDE, "lab_settings")
     titles, table = side_by_side(space)
     assert list(table.index) == FIVE and all("stand-in" in title for title in titles)
 
     space.DATA = str(tmp_path / "squares")
-    for cell in cells_defining("configs", "lab_data", "softmax_objective"):
+    for cell in cells_defining("configs", "softmax_objective"):
         execute(space, cell.source)
     space.shown.clear()
-    execute(space, cells_defining("models")[0].source)
+    execute(space, cells_defining("trained")[0].source)
     titles, table = side_by_side(space)
     assert list(table.index) == ["softmax cross-entropy"]
     assert titles and all("squares" in title for title in titles)
-    assert space.lab_data.name == "squares"
+    lab_data, _, _ = space.lab_settings(space.data, space.configs, False)
+    assert lab_data.name == "squares"
 
 
 # Finding objectives.py
