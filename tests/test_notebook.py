@@ -31,6 +31,7 @@ from notebook import (
     globals_inside,
     globals_of,
     run_cells,
+    shared_cells,
     with_values,
 )
 from PIL import Image
@@ -293,6 +294,53 @@ def test_after_a_change_of_data_nothing_old_is_shown_with_the_new(tmp_path):
     assert titles and all("squares" in title for title in titles)
     lab_data, _, _ = space.lab_settings(space.data, space.configs, False)
     assert lab_data.name == "squares"
+
+
+# The form
+
+FORM = {
+    "epochs": 0,
+    "batch_size": 0,
+    "learning_rate": 0.0,
+    "optimizer": "Muon",
+    "width": 0,
+    "flip": True,
+    "seeds": [],
+    "full": False,
+}
+WRONG = [("epochs", value) for value in [-1, 1.5, True, "3", None]]
+WRONG += [("batch_size", -64), ("width", 8.0), ("seeds", [0, "one"]), ("seeds", None)]
+WRONG += [("learning_rate", value) for value in [-0.1, "fast", True, float("nan")]]
+WRONG += [("optimizer", "muon"), ("optimizer", None)]
+WRONG += [(name, value) for name in ["flip", "full"] for value in ["false", "True", 0, None]]
+
+
+@pytest.mark.parametrize("name, value", WRONG)
+def test_a_wrong_setting_is_refused_by_its_name_and_value(name, value):
+    space = shared_cells("make_configs")
+    with pytest.raises(ValueError) as caught:
+        space.make_configs("CPU", **FORM | {name: value})
+    text = str(caught.value)
+    assert text.startswith(name.upper()) and (repr(value) in text or name == "seeds")
+    assert len(caught.value._render_traceback_()) == 1  # one line in Jupyter
+
+
+@pytest.mark.parametrize("folder", [None, "", 3])
+def test_a_folder_that_is_none_is_refused(folder):
+    space = shared_cells("check_folder")
+    with pytest.raises(ValueError, match=f"^RUNS .* got {folder!r}$"):
+        space.check_folder("RUNS", folder)
+    for right in ["runs", Path("runs")]:
+        space.check_folder("RUNS", right)
+
+
+def test_zero_means_the_default_of_the_machine():
+    space = shared_cells("make_configs")
+    for machine, defaults in space.DEFAULTS.items():
+        (config,) = space.make_configs(machine, **FORM)
+        assert config.epochs == defaults["epochs"] and config.seed == 0
+        seeds = space.make_configs(machine, **FORM | {"full": True, "epochs": 7})
+        assert [(config.epochs, config.seed) for config in seeds] == [(7, s) for s in range(5)]
 
 
 # Finding objectives.py
