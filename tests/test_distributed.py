@@ -1,7 +1,6 @@
 """Several processes: the notebook's script under torchrun on the CPU, and the cell that runs it."""
 
 import ast
-import json
 import os
 import re
 import subprocess
@@ -10,24 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from notebook import CODE, PATH
 
 import objectives
-
-ROOT = Path(__file__).parent.parent
-torch.set_num_threads(1)  # the tensors are small, and the cores may be busy
-
-NOTEBOOK = Path(os.environ.get("NOTEBOOK", ROOT / "training_objectives.ipynb"))
-CELLS = [
-    "".join(cell["source"])
-    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
-    if cell["cell_type"] == "code"
-]
 
 
 def find_cell(text):
     """The syntax tree of the one cell that contains this text."""
-    (cell,) = [cell for cell in CELLS if text in cell]
-    return ast.parse(cell)
+    (cell,) = [cell for cell in CODE if text in cell.source]
+    return ast.parse(cell.source)
 
 
 def find_script():
@@ -54,7 +44,7 @@ def define(tree, *names):
     namespace["sys"] = sys
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name in names:
-            exec(compile(ast.Module([node], []), str(NOTEBOOK), "exec"), namespace)
+            exec(compile(ast.Module([node], []), str(PATH), "exec"), namespace)
     return namespace
 
 
@@ -158,7 +148,7 @@ def test_only_the_images_that_are_used_are_saved(tmp_path):
     labels = torch.arange(20_000)
     file = tmp_path / "images.pt"
     namespace = {"torch": torch, "images": images, "labels": labels, "images_file": file}
-    exec(compile(ast.Module(saving, []), str(NOTEBOOK), "exec"), namespace)
+    exec(compile(ast.Module(saving, []), str(PATH), "exec"), namespace)
     saved_images, saved_labels = torch.load(file)
     assert torch.equal(saved_labels, labels[:4096])
     n_bytes = saved_images.numel() + 8 * len(saved_labels)

@@ -2,9 +2,7 @@
 
 import ast
 import itertools
-import json
 import math
-import os
 import re
 import time
 from collections import Counter
@@ -15,14 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from notebook import CODE, PATH
 from torch import nn
 
 import objectives
-
-NOTEBOOK = Path(
-    os.environ.get("NOTEBOOK", Path(__file__).parent.parent / "training_objectives.ipynb")
-)
-torch.set_num_threads(1)  # the tensors are small, and the cores may be busy
 
 DENSE = "sampled, dense gradient"
 SPARSE = "sampled, sparse gradient"
@@ -54,14 +48,13 @@ def definitions(*names):
     constants = ["TOKEN", "UNKNOWN_TOKEN", "CONTEXT"]
     constants += ["RACE_SAMPLES", "RACE_BATCH", "RACE_TESTS", "TEST_AFTER"]
     wanted = set(names)
-    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
-        source = "".join(cell["source"])
-        if cell["cell_type"] != "code" or not any(f"def {name}(" in source for name in wanted):
+    for cell in CODE:
+        if not any(f"def {name}(" in cell.source for name in wanted):
             continue
-        for node in ast.parse(source).body:
+        for node in ast.parse(cell.source).body:
             is_constant = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in constants
             if isinstance(node, kept) or is_constant:
-                exec(compile(ast.Module([node], []), str(NOTEBOOK), "exec"), namespace)
+                exec(compile(ast.Module([node], []), str(PATH), "exec"), namespace)
     missing = wanted - namespace.keys()
     assert not missing, f"no cell defines {missing}"
     return namespace

@@ -5,22 +5,22 @@ output tells what ran; "found in RUNS" tells that nothing did.
 """
 
 import ast
+import inspect
 
 import pytest
-from notebook import ROOT, cells_defining, cells_needed, kernel, names_of
+from notebook import (
+    ROOT,
+    cells_defining,
+    cells_needed,
+    coloured_images,
+    kernel,
+    names_of,
+)
 
 DEFINITIONS = ["train_seeds", "same_trainings", "summary", "Data", "softmax_objective"]
-START = """
-import signal
-
-def coloured(n, seed):
-    random = torch.Generator().manual_seed(seed)
-    labels = torch.arange(n) % 3
-    images = torch.randint(100, (n, 3, 32, 32), generator=random, dtype=torch.uint8)
-    images[torch.arange(n), labels] += 60
-    return images, labels
-
-data = Data("colours", ("red", "green", "blue"), coloured(96, 0), coloured(60, 1))
+START = f"import signal\n\n{inspect.getsource(coloured_images)}"
+START += """
+data = Data("colours", ("red", "green", "blue"), coloured_images(96, 0), coloured_images(60, 1))
 config = Config(epochs=1, batch_size=32, learning_rate=0.02, width=4)
 DEVICE, PRECISION = torch.device("cpu"), torch.float32
 torch.set_num_threads(1)
@@ -179,7 +179,7 @@ images, labels = data.train
 pixel = images.clone()
 pixel[0, 0, 0, 0] ^= 1
 changed = [replace(data, train=(pixel, labels)), replace(data, train=(images, labels.roll(1)))]
-changed += [replace(data, test=coloured(60, 2)), replace(data, classes=("a", "b", "c"))]
+changed += [replace(data, test=coloured_images(60, 2)), replace(data, classes=("a", "b", "c"))]
 keys = [describe(other, config)["images"] for other in [data, *changed]]
 configs = [replace(config, **change) for change in [{}, {"flip": False}, {"optimizer": "SGD"}]]
 keys += [describe(data, changed)["code"] for changed in configs]
@@ -420,7 +420,7 @@ print(len(same_trainings(results[:0], data, configs)))
 
 def test_hundreds_of_saved_trainings_are_found_in_no_time(run):
     text = run("""
-many = replace(data, train=coloured(50_000, 3))
+many = replace(data, train=coloured_images(50_000, 3))
 describe(many, config)
 started = time.perf_counter()
 for _ in range(50):

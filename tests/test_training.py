@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from notebook import shared_cells
+from notebook import coloured_images, shared_cells
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -34,15 +34,6 @@ def lesson():
     """The notebook with its five objectives."""
     names = ["softmax", "teacher", "sampled", "value", "policy"]
     return shared_cells(*LOOP, *[f"{name}_objective" for name in names])
-
-
-def coloured_images(n, seed):
-    """Noise that is a little red, green or blue, and which of the three."""
-    random = torch.Generator().manual_seed(seed)
-    labels = torch.arange(n) % 3
-    images = torch.randint(100, (n, 3, 32, 32), generator=random, dtype=torch.uint8)
-    images[torch.arange(n), labels] += 60
-    return images, labels
 
 
 def coloured_data(space):
