@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 
 import pytest
-from notebook import CODE, PATH
+from notebook import CODE, PATH, ROOT
 
 sync_api = pytest.importorskip("playwright.sync_api")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
@@ -38,6 +38,9 @@ OF_THE_TEMPLATE = {
 }
 
 
+OF_README = re.search(r"nbconvert (.*?) runs/", (ROOT / "README.md").read_text("utf-8"))[1].split()
+
+
 @pytest.fixture(scope="module")
 def browser():
     with sync_api.sync_playwright() as playwright:
@@ -50,18 +53,8 @@ def browser():
 def page(request, browser, tmp_path_factory):
     """The page as README makes it, and a dark one; it reaches no other host."""
     folder = tmp_path_factory.mktemp("page")
-    how = ["--template", "classic"] if request.param == "classic" else ["--theme", "dark"]
-    command = [
-        sys.executable,
-        "-m",
-        "nbconvert",
-        "--to",
-        "html",
-        *how,
-        "--output-dir",
-        folder,
-        PATH,
-    ]
+    how = OF_README if request.param == "classic" else ["--to", "html", "--theme", "dark"]
+    command = [sys.executable, "-m", "nbconvert", *how, "--output-dir", folder, PATH]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     page = browser.new_page(viewport={"width": 1280, "height": 900})
@@ -83,6 +76,12 @@ def test_every_figure_is_there_with_its_size_and_its_text(page):
     for picture in pictures:
         assert picture["natural"] > 0, picture
         assert picture["sized"] or picture["alt"] not in ["", *stored], picture
+
+
+def test_the_page_of_readme_leaves_out_the_code_of_folded_cells(page):
+    if page.is_classic:
+        unfolded = [cell for cell in CODE if "hide-input" not in cell.metadata.get("tags", [])]
+        assert page.locator("div.input_area").count() == len(unfolded) < len(CODE)
 
 
 @pytest.mark.parametrize("width", [1280, 700])

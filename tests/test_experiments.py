@@ -82,6 +82,11 @@ def test_at_most_one_table_in_twenty_has_a_false_word(lab, n_seeds):
     assert found[1:].tolist() == pytest.approx(lab.holm(p[0]).tolist())
 
 
+def test_a_reference_that_was_taken_out_of_the_variants_is_named(lab):
+    with pytest.raises(ValueError, match="'labels alone'"):
+        lab.compare(made_up([[50, 52], [51, 54]]), "labels alone")
+
+
 @pytest.mark.parametrize("more", [0.0, 0.2])
 def test_equal_differences_get_no_word_and_no_negative_zero(lab, more):
     ours = [51.2, 71.2, 61.4]

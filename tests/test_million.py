@@ -197,6 +197,13 @@ def test_full_softmax_is_exact_in_chunks_too(method):
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, layer.weight)[0])
 
 
+@pytest.mark.parametrize("n_classes", [4, 50, 99, 1000])
+def test_adaptive_softmax_has_its_clusters_with_few_classes_too(n_classes):
+    layer = CELLS["make_last_layer"]("adaptive softmax", 64, n_classes)
+    log_p = layer.log_prob(torch.randn(5, 64))
+    torch.testing.assert_close(log_p.exp().sum(1), torch.ones(5))
+
+
 @pytest.mark.parametrize("method", ["full softmax", "adaptive softmax", SPARSE])
 def test_probabilities_of_all_classes_sum_to_one(method):
     torch.manual_seed(0)

@@ -1,5 +1,6 @@
 """The network, its augmentation, the optimiser, the training loop, and the objectives in it."""
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -241,6 +242,23 @@ def test_a_training_is_repeated_bit_by_bit_and_another_seed_makes_another(loop):
     assert not torch.equal(first.head.weight, other.head.weight)
     for before, after in zip(measured, same):
         assert before | {"seconds": 0} == after | {"seconds": 0}
+
+
+def test_testing_once_changes_nothing_but_that_earlier_epochs_have_no_accuracy(loop):
+    _, each = train(loop, epochs=3)
+    _, once = train(loop, epochs=3, test_each_epoch=False)
+    assert ["accuracy" in epoch for epoch in once] == [False, False, True]
+    assert once[-1]["accuracy"] == each[-1]["accuracy"]
+    assert [e["train_loss"] for e in once] == [e["train_loss"] for e in each]
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_with_a_test(loop):
+    def breaks_down(model, images, labels):
+        loss, metrics = cross_entropy(model, images, labels)
+        return loss * math.nan, metrics
+
+    _, (epoch,) = train(loop, breaks_down, epochs=3, test_each_epoch=False)
+    assert math.isnan(epoch["train_loss"]) and 0 <= epoch["accuracy"] <= 1
 
 
 @pytest.mark.filterwarnings("error")
