@@ -23,6 +23,7 @@ PATH = Path(os.environ.get("NOTEBOOK", ROOT / "training_objectives.ipynb")).reso
 NOTEBOOK = nbformat.read(PATH, as_version=4)
 CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
 MARKDOWN = [cell for cell in NOTEBOOK.cells if cell.cell_type == "markdown"]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRATCH = TemporaryDirectory()  # where the trainings of tests are saved that name no other folder
 TINY = {
     "DATA": "stand-in",
@@ -36,6 +37,12 @@ TINY = {
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)  # the tensors are small, and the cores may be busy
+
+
+def without_code(text):
+    """Markdown without its blocks and pieces of code."""
+    text = re.sub(r"(?ms)^```.*?^```$", "", text)
+    return re.sub(r"`[^`\n]*`", "", text)
 
 
 # Images that a small network learns in a few steps

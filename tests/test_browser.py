@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 
 import pytest
-from notebook import CODE, PATH, ROOT
+from notebook import CODE, PATH, README
 
 sync_api = pytest.importorskip("playwright.sync_api")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
@@ -38,7 +38,7 @@ OF_THE_TEMPLATE = {
 }
 
 
-OF_README = re.search(r"nbconvert (.*?) runs/", (ROOT / "README.md").read_text("utf-8"))[1].split()
+OF_README = re.search(r"nbconvert (.*?) runs/", README)[1].split()
 
 
 @pytest.fixture(scope="module")

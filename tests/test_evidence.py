@@ -13,10 +13,9 @@ from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
-from notebook import CODE, NOTEBOOK, ROOT
+from notebook import CODE, NOTEBOOK, README, ROOT, without_code
 from scipy import stats
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 RUNS = pd.read_csv(ROOT / "tests" / "training_runs.csv", keep_default_na=False)
 RUN_COLUMNS = ["experiment", "objective", "variant", "settings", "recipe", "seed"]
 LESSON = "the lesson"
@@ -199,10 +198,6 @@ def test_the_table_of_side_by_side_is_what_the_raw_results_give():
 NUMBER = r"[+-]?\d+(?:\.\d+)?"
 MEAN = rf"({NUMBER})(?: %)? ?± ?({NUMBER})"
 INTERVAL = rf"({NUMBER})(?: [a-z]+){{0,3}} \((?:95 % interval )?({NUMBER}) to ({NUMBER})\)"
-
-
-def without_code(text):
-    return re.sub(r"(?ms)^```.*?^```$", "", text)
 
 
 def in_one_line(text):

@@ -24,6 +24,7 @@ from notebook import (
     MARKDOWN,
     NOTEBOOK,
     PATH,
+    README,
     ROOT,
     Shown,
     cells_defining,
@@ -33,10 +34,10 @@ from notebook import (
     run_cells,
     shared_cells,
     with_values,
+    without_code,
 )
 from PIL import Image
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 FIVE = ["softmax cross-entropy", "teacher-student", "sampled softmax"]
 FIVE += ["value function", "policy gradient"]
 COMMANDS = re.findall(r"(?s)```bash\n(.*?)\n```", README)
@@ -138,11 +139,6 @@ def test_the_whole_run_leaves_a_table_of_all_its_training_runs(whole):
 
 
 # Its text
-
-
-def without_code(text):
-    text = re.sub(r"(?ms)^```.*?^```$", "", text)
-    return re.sub(r"`[^`\n]*`", "", text)
 
 
 PROSE = without_code("\n\n".join(cell.source for cell in MARKDOWN))
